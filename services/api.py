@@ -1,0 +1,124 @@
+"""HTTP bodies of the reward and rollout servers (what they carry is defined in `services.contract`)."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from services.contract import Completion, FinishReason, GroupScores, Message, Sampling, Task, Version, Wire
+
+TokenId = int
+
+
+# ---- POST /v1/rollouts -----------------------------------------------------------------------------------------
+
+
+class RolloutRequest(Wire):
+    """One group to generate. `min_weight_version`: wait (within the deadline) until the server serves at least it."""
+
+    group_id: str = Field(min_length=1, max_length=128)
+    messages: list[Message] | None = Field(None, min_length=1)
+    prompt: str | None = None
+    prompt_token_ids: list[TokenId] | None = Field(None, min_length=1)
+    n: int = Field(1, ge=1, le=1024)
+    sampling: Sampling = Sampling()
+    min_weight_version: Version | None = None
+
+    @model_validator(mode="after")
+    def one_prompt(self) -> Self:
+        given = [name for name in ("messages", "prompt", "prompt_token_ids") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of `messages`, `prompt`, `prompt_token_ids` (got {given or 'none'})")
+        return self
+
+
+class RolloutsRequest(Wire):
+    requests: list[RolloutRequest] = Field(min_length=1, max_length=1024)
+
+
+class RolloutGroup(Wire):
+    group_id: str
+    prompt_token_ids: list[TokenId]
+    completions: list[Completion]
+
+
+class RolloutsResponse(Wire):
+    """`groups` in the order of the requests."""
+
+    groups: list[RolloutGroup]
+    model: str
+    weight_version: Version
+
+
+# ---- POST /v1/score --------------------------------------------------------------------------------------------
+
+
+class ScoreItem(Wire):
+    messages: list[Message] | None = Field(None, min_length=1)
+    prompt: str | None = None
+    prompt_token_ids: list[TokenId] | None = None
+    completion: str | None = None
+    completion_token_ids: list[TokenId] | None = None
+
+    @model_validator(mode="after")
+    def one_of_each(self) -> Self:
+        prompts = [name for name in ("messages", "prompt", "prompt_token_ids") if getattr(self, name) is not None]
+        if len(prompts) != 1:
+            raise ValueError(f"give exactly one of `messages`, `prompt`, `prompt_token_ids` (got {prompts or 'none'})")
+        if (self.completion is None) == (self.completion_token_ids is None):
+            raise ValueError("give exactly one of `completion` and `completion_token_ids`")
+        return self
+
+
+class ScoreRequest(Wire):
+    """`preset` picks the definition of self-certainty: `paper` (default), or what the two reference codes compute."""
+
+    items: list[ScoreItem] = Field(min_length=1, max_length=4096)
+    metrics: list[str] = Field(default=["self_certainty"], min_length=1, max_length=32)
+    per_token: bool = False
+    temperature: float = Field(1.0, gt=0, le=100)
+    preset: Literal["paper", "open_r1", "verl"] = "paper"
+    min_weight_version: Version | None = None
+
+
+class ScoreResult(Wire):
+    """An empty completion has `n_tokens` 0 and no scores. `per_token` and `tokens` only when asked for."""
+
+    n_tokens: int
+    scores: dict[str, float]
+    per_token: dict[str, list[float]] | None = None
+    tokens: list[str] | None = None
+
+
+class ScoreResponse(Wire):
+    results: list[ScoreResult]
+    model: str
+    weight_version: Version
+    vocab_size: int
+
+
+# ---- POST /v1/rewards ------------------------------------------------------------------------------------------
+
+
+class CompletionText(Wire):
+    text: str
+    token_ids: list[TokenId] | None = None
+    finish_reason: FinishReason | None = None
+
+
+class RewardGroup(Wire):
+    group_id: str = Field(min_length=1, max_length=128)
+    task: Task
+    prompt_token_ids: list[TokenId] | None = None
+    completions: list[CompletionText] = Field(min_length=1, max_length=1024)
+    min_weight_version: Version | None = None
+
+
+class RewardsRequest(Wire):
+    """`spec` is a name: a preset, a built-in reward, or one that was put; the server's default when left out."""
+
+    spec: str | None = None
+    groups: list[RewardGroup] = Field(min_length=1, max_length=1024)
+
+
+class RewardsResponse(Wire):
+    groups: list[GroupScores]

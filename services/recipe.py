@@ -1,0 +1,305 @@
+"""One YAML recipe -> typed settings. Every service reads its own section; a bad key or value is refused by name."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from services.contract import Sampling
+from services.spec import Combine, RewardSpec, RewardTerm
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run; the message names key, value and what would be valid, a line for each fault."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Run(Section):
+    """`deterministic`: groups are sampled by seeds of their own ids, in batches whose make-up does not depend on timing."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    dir: Path
+    seed: int = Field(0, ge=0, lt=2**31)
+    deterministic: bool = False
+
+
+class Model(Section):
+    """A Hugging Face name or a local folder."""
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    trust_remote_code: bool = False
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class Fields(Section):
+    """Columns of the data set. One of `prompt` (text) and `messages` (a list of role/content)."""
+
+    prompt: str | None = None
+    messages: str | None = None
+    answer: str | None = None
+    tests: str | None = None
+    id: str | None = None
+
+
+class Data(Section):
+    """A JSONL or Parquet file, a folder `save_to_disk` made, or a Hugging Face data set name.
+
+    `answer_pattern` is a regex with one group that cuts the answer out of the answer column (GSM8K: `####\\s*(.+)`).
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    source: str = "default"
+    fields: Fields
+    system_prompt: str | None = None
+    answer_pattern: str | None = None
+    shuffle: bool = True
+    limit: int | None = Field(None, ge=1)
+    max_prompt_tokens: int = Field(512, ge=1)
+
+    @model_validator(mode="after")
+    def one_prompt_column(self) -> Self:
+        if (self.fields.prompt is None) == (self.fields.messages is None):
+            raise ValueError("fields: give exactly one of `prompt` and `messages`")
+        return self
+
+
+class Rollout(Section):
+    """With `urls` the servers are somebody else's; without, `rlif up` starts `replicas` of them.
+
+    `groups_per_request` groups travel in one HTTP request and, with the transformers engine, in one batch.
+    """
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    urls: list[str] = Field(default_factory=list)
+    replicas: int = Field(1, ge=1, le=64)
+    group_size: int = Field(8, ge=1, le=1024)
+    groups_per_request: int = Field(1, ge=1, le=1024)
+    sampling: Sampling = Sampling()
+    max_model_len: int | None = Field(None, ge=2)
+    max_batch_sequences: int = Field(256, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    deadline_seconds: float = Field(600, gt=0)
+
+
+class Scorer(Section):
+    """The reward server and its scorer model. `follow`: `online` newest weights, `match` at least the group's version,
+    `frozen` the base model for ever, `ema` a moving average of what was published (`ema_decay` per version)."""
+
+    urls: list[str] = Field(default_factory=list)
+    replicas: int = Field(1, ge=1, le=64)
+    follow: Literal["online", "match", "frozen", "ema"] = "online"
+    ema_decay: float = Field(0.99, gt=0, lt=1)
+    max_batch_tokens: int = Field(16384, ge=1)
+    verifier_workers: int = Field(2, ge=1, le=256)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    deadline_seconds: float = Field(300, gt=0)
+
+
+class Pacing(Section):
+    """`max_staleness: 0` is exact on-policy training."""
+
+    max_staleness: int = Field(1, ge=0)
+    max_requests_in_flight: int = Field(64, ge=1)
+
+
+class Checkpoints(Section):
+    every: int = Field(10, ge=1)
+    keep: int = Field(3, ge=1)
+
+
+class Trainer(Section):
+    """`groups_per_step` prompts make one optimizer step. `micro_batch_tokens` bounds the padded tokens of one forward.
+
+    `kl_beta` weighs k3-KL to the frozen reference policy (0: no reference is loaded). `importance_cap` truncates the
+    rollout/trainer importance weight (none: no correction). `old_logprobs`: the clipped ratio is taken against
+    `recomputed` logprobs (the importance weight then bridges to the rollout's) or against the `rollout`'s directly.
+    """
+
+    steps: int = Field(ge=1)
+    groups_per_step: int = Field(ge=1)
+    ranks: int = Field(1, ge=1, le=1024)
+    zero_stage: int = Field(2, ge=0, le=3)
+    learning_rate: float = Field(1e-6, gt=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.1, ge=0)
+    """A share of the steps when below 1, else a number of steps."""
+    grad_clip: float = Field(1.0, gt=0)
+    aggregation: Literal["per_sequence", "token_mean"] = "per_sequence"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)
+    kl_beta: float = Field(0.005, ge=0)
+    old_logprobs: Literal["recomputed", "rollout"] = "recomputed"
+    importance_cap: float | None = Field(2.0, gt=0)
+    micro_batch_tokens: int = Field(16384, ge=1)
+    gradient_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    checkpoints: Checkpoints = Checkpoints()
+    batch_deadline_seconds: float = Field(3600, gt=0)
+    """How long to wait for one step's groups before giving up with an error."""
+
+
+class Weights(Section):
+    """`dir` defaults to a folder of the run; servers on other machines must see it at the same path."""
+
+    transport: Literal["disk"] = "disk"
+    dir: Path | None = None
+    keep: int = Field(3, ge=2)
+    poll_seconds: float = Field(0.2, gt=0)
+
+
+class Queue(Section):
+    """`url` none: `rlif up` runs a private redis-server with an append-only file in the run's folder."""
+
+    url: str | None = None
+    max_deliveries: int = Field(3, ge=1)
+    lease_seconds: float = Field(600, gt=0)
+
+
+class Tracking(Section):
+    tensorboard: bool = True
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+
+
+class Recipe(Section):
+    run: Run
+    model: Model
+    data: Data
+    rollout: Rollout = Rollout()
+    rewards: str | list[RewardTerm]
+    """A list of terms, or the name of a preset (`intuitor`, `grpo`, ...) or of one built-in reward."""
+    combine: Combine | None = None
+    scorer: Scorer = Scorer()
+    pacing: Pacing = Pacing()
+    trainer: Trainer
+    weights: Weights = Weights()
+    queue: Queue = Queue()
+    tracking: Tracking = Tracking()
+
+    @field_validator("rewards")
+    @classmethod
+    def spec_is_sound(cls, rewards: str | list[RewardTerm]) -> str | list[RewardTerm]:
+        if isinstance(rewards, list):
+            RewardSpec(rewards=rewards)
+        return rewards
+
+    @model_validator(mode="after")
+    def parts_agree(self) -> Self:
+        if self.combine is not None and isinstance(self.rewards, str):
+            raise ValueError(f"combine: the spec {self.rewards!r} brings its own; list the rewards to combine them anew")
+        if self.trainer.groups_per_step % self.rollout.groups_per_request:
+            raise ValueError(
+                f"rollout.groups_per_request: {self.rollout.groups_per_request} does not divide "
+                f"trainer.groups_per_step ({self.trainer.groups_per_step})"
+            )
+        if self.rollout.group_size == 1 and not isinstance(self.rewards, str):
+            if (self.combine or Combine()).normalize != "none":
+                raise ValueError("rollout.group_size: 1 leaves nothing to normalise in; use at least 2, or normalize: none")
+        if self.rollout.sampling.temperature == 0:
+            raise ValueError("rollout.sampling.temperature: 0 makes every completion of a group the same; use e.g. 1.0")
+        if self.rollout.max_model_len is not None:
+            need = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens
+            if need > self.rollout.max_model_len:
+                raise ValueError(
+                    f"rollout.max_model_len: {self.rollout.max_model_len} is less than data.max_prompt_tokens + "
+                    f"rollout.sampling.max_tokens ({need})"
+                )
+        return self
+
+    @property
+    def spec(self) -> RewardSpec | None:
+        """The spec written out in the recipe; none when `rewards` names one the reward server knows."""
+        if isinstance(self.rewards, str):
+            return None
+        return RewardSpec(rewards=self.rewards, combine=self.combine or Combine())
+
+    @property
+    def weights_dir(self) -> Path:
+        return self.weights.dir or self.run.dir / "weights"
+
+
+def _override(tree: dict[str, Any], assignment: str) -> None:
+    key, found, text = assignment.partition("=")
+    if not found or not key:
+        raise RecipeError(f"override {assignment!r}: write it as key.sub=value")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise RecipeError(f"override {assignment!r}: `{part}` in {key!r} is not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {assignment!r}: the value is not YAML: {error}") from error
+
+
+def _valid_here(location: tuple[int | str, ...]) -> str:
+    """The keys that would be valid beside a refused one."""
+    section: Any = Recipe
+    for part in location[:-1]:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = field.annotation if field is not None else None
+    names = getattr(section, "model_fields", None)
+    return f"; valid keys here: {', '.join(names)}" if names else ""
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key{_valid_here(fault['loc'])}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key}: is required")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(fault["input"], dict) else f" (got {fault['input']!r:.200})"
+            lines.append(f"{key}: {message}{given}" if key != "recipe" else message)
+    return "\n".join(lines)
+
+
+def parse(tree: Any, overrides: list[str] | None = None) -> Recipe:
+    """Raises RecipeError."""
+    if not isinstance(tree, dict):
+        raise RecipeError("a recipe is a YAML mapping with the sections " + ", ".join(Recipe.model_fields))
+    tree = deepcopy(tree)
+    for assignment in overrides or []:
+        _override(tree, assignment)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, with `key.sub=value` overrides (values in YAML). Raises RecipeError."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    return parse(tree, overrides)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe with every default written out, as YAML that `load` reads back to the same settings."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
