@@ -1,6 +1,5 @@
-"""Models made on the spot: a Qwen2 with random weights and a character tokenizer with a chat template."""
+"""Models made on the spot: a Qwen2 with random weights and a byte tokenizer with a chat template."""
 
-import string
 from pathlib import Path
 
 CHAT_TEMPLATE = (
@@ -11,16 +10,14 @@ SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistan
 
 
 def make_tiny_tokenizer():
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """One token a byte: a Qwen2 tokenizer without merges (what AutoTokenizer makes of a qwen2 folder)."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
 
-    characters = string.printable[:95]
-    vocabulary = {token: number for number, token in enumerate([*SPECIALS, *characters, "\n"])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    tokens = [*SPECIALS, *sorted(ByteLevel.alphabet())]
+    return Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[],
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
@@ -36,7 +33,7 @@ def make_tiny_model(
     seed: int = 0,
     hidden: int = 64,
     layers: int = 2,
-    vocab_size: int = 128,
+    vocab_size: int = 288,
     tied: bool = True,
     scale: float = 4.0,
 ) -> Path:
