@@ -1,0 +1,379 @@
+"""The FastAPI app that every service starts from: auth, limits, deadlines, problem+json errors, health, metrics.
+
+Wire rules that hold on every route: errors are RFC 9457 `application/problem+json`; bodies are JSON, or msgpack
+(`Content-Type` / `Accept: application/msgpack`); NaN and infinity are refused; `X-Request-Id` is echoed and logged;
+`X-Deadline-Seconds` bounds the whole call (504 when it passes).
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import uvicorn
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services import codec
+
+log = logging.getLogger(__name__)
+
+MSGPACK = "application/msgpack"
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"})
+OPEN_FOLDER = "/static-offline-docs/"
+"""Served without a token and outside the concurrency limit: probes and scrapers must get through a busy server."""
+REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+REQUESTS = Counter("rlif_http_requests_total", "HTTP requests by route and status", ["service", "route", "status"])
+SECONDS = Histogram(
+    "rlif_http_request_seconds",
+    "Time from the first byte of a request to the last of its answer",
+    ["service", "route"],
+    buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600),
+)
+IN_FLIGHT = Gauge("rlif_http_requests_in_flight", "Requests being served", ["service"])
+
+
+class StartupError(Exception):
+    """The service cannot start; the message is one line for the person who started it."""
+
+
+class Problem(Exception):
+    """An error answer. `field` names the part of the request at fault; `retry_after` is in seconds."""
+
+    def __init__(
+        self, status: int, title: str, detail: str = "", field: str | None = None, retry_after: float | None = None
+    ):
+        super().__init__(f"{status} {title}: {detail}")
+        self.status, self.title, self.detail = status, title, detail
+        self.field, self.retry_after = field, retry_after
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    host: str = "127.0.0.1"
+    api_token: str | None = None
+    admin_token: str | None = None
+    max_body_bytes: int = 64 * 2**20
+    max_concurrent: int = 256
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def settings_from_environment(host: str) -> HttpSettings:
+    """Tokens come from RLIF_API_TOKEN and RLIF_ADMIN_TOKEN alone. Raises StartupError: no token beyond loopback."""
+    api_token = os.environ.get("RLIF_API_TOKEN") or None
+    admin_token = os.environ.get("RLIF_ADMIN_TOKEN") or None
+    if api_token is None and not is_loopback(host):
+        raise StartupError(f"--host {host}: set RLIF_API_TOKEN to serve beyond this machine, or bind to 127.0.0.1")
+    return HttpSettings(host=host, api_token=api_token, admin_token=admin_token)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------
+
+
+def _problem_response(problem: Problem, errors: list[dict[str, str]] | None = None) -> Response:
+    if errors is None and problem.field:
+        errors = [{"field": problem.field, "message": problem.detail or problem.title}]
+    body = {"type": "about:blank", "title": problem.title, "status": problem.status, "request_id": request_id.get()}
+    if problem.detail:
+        body["detail"] = problem.detail
+    if errors:
+        body["errors"] = errors
+    headers = {}
+    if problem.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(problem.retry_after)))
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(orjson.dumps(body), problem.status, headers, "application/problem+json")
+
+
+def _field(location: tuple[Any, ...]) -> str:
+    """("body", "items", 0, "prompt") -> items[0].prompt"""
+    parts = location[1:] if location and location[0] == "body" else location
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return text.lstrip(".") or "body"
+
+
+def _validation_problem(error: RequestValidationError) -> Response:
+    errors = []
+    for fault in error.errors()[:20]:
+        field, message = _field(tuple(fault["loc"])), fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "json_invalid":
+            field, message = "body", f"not valid JSON: {fault.get('ctx', {}).get('error', message)}"
+        elif not isinstance(fault.get("input"), dict | list | bytes):
+            message = f"{message} (got {fault.get('input')!r:.100})"
+        errors.append({"field": field, "message": message})
+    detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:3])
+    return _problem_response(Problem(422, "The request is not valid", detail), errors)
+
+
+# ---- msgpack beside JSON ---------------------------------------------------------------------------------------
+
+
+class _BodyRequest(Request):
+    """Reads msgpack where the client sent it, else strict JSON (the standard library would accept NaN)."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        if self.scope.get("rlif.msgpack"):
+            try:
+                return codec.unpack(body)
+            except ValueError as error:
+                raise json.JSONDecodeError(f"not a msgpack message: {error}", "", 0) from error
+        return orjson.loads(body)
+
+
+class _NegotiatedRoute(APIRoute):
+    def get_route_handler(self) -> Callable:
+        handle = super().get_route_handler()
+
+        async def negotiated(request: Request) -> Response:
+            if request.headers.get("content-type", "").split(";")[0].strip() == MSGPACK:
+                request.scope["rlif.msgpack"] = True
+                MutableHeaders(scope=request.scope)["content-type"] = "application/json"
+            response = await handle(_BodyRequest(request.scope, request.receive))
+            if MSGPACK in request.headers.get("accept", "") and response.media_type == "application/json":
+                return Response(codec.pack(orjson.loads(response.body)), response.status_code, media_type=MSGPACK)
+            return response
+
+        return negotiated
+
+
+# ---- the gate in front of every route --------------------------------------------------------------------------
+
+
+class _Gate:
+    """ASGI middleware: request id, token, body size, concurrency, deadline, access log, metrics."""
+
+    def __init__(self, app: ASGIApp, service: str, settings: HttpSettings):
+        self.app, self.service, self.settings = app, service, settings
+        self.in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id.set(given if REQUEST_ID.match(given) else uuid.uuid4().hex)
+        started, status, finished = time.perf_counter(), 0, False
+
+        async def answer(message: Message) -> None:
+            nonlocal status, finished
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id.get()
+            finished = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        counted = not _is_open(scope["path"])
+        self.in_flight += counted
+        IN_FLIGHT.labels(self.service).set(self.in_flight)
+        try:
+            deadline = self._admit(scope, headers)
+            async with asyncio.timeout(deadline) as limit:
+                await self.app(scope, self._bounded(receive), answer)
+        except Problem as problem:
+            await _problem_response(problem)(scope, receive, answer)
+        except TimeoutError:
+            if status or not limit.expired():
+                raise
+            late = Problem(504, "The deadline passed", f"X-Deadline-Seconds: {deadline:g} s were not enough")
+            await _problem_response(late)(scope, receive, answer)
+        except Exception as error:
+            log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            if status:
+                raise
+            crash = Problem(500, "Internal error", f"logged under request id {request_id.get()}")
+            await _problem_response(crash)(scope, receive, answer)
+        finally:
+            self.in_flight -= counted
+            IN_FLIGHT.labels(self.service).set(self.in_flight)
+            seconds = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", None) or ("unmatched" if status == 404 else "other")
+            REQUESTS.labels(self.service, route, str(status if finished else 499)).inc()
+            SECONDS.labels(self.service, route).observe(seconds)
+            level = logging.INFO if counted else logging.DEBUG
+            log.log(level, "%s %s -> %s in %.3f s", scope["method"], scope["path"], status or "gone", seconds)
+
+    def _admit(self, scope: Scope, headers: Headers) -> float | None:
+        """The deadline in seconds, or none. Raises Problem."""
+        if _is_open(scope["path"]):
+            return None
+        self._authorise(scope, headers)
+        if self.in_flight > self.settings.max_concurrent:
+            limit = self.settings.max_concurrent
+            raise Problem(429, "Too many requests", f"{limit} requests are being served already", retry_after=1)
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self.settings.max_body_bytes:
+            raise Problem(413, "The body is too large", f"at most {self.settings.max_body_bytes} bytes (got {length})")
+        text = headers.get("x-deadline-seconds")
+        return None if text is None else _positive_seconds(text)
+
+    def _authorise(self, scope: Scope, headers: Headers) -> None:
+        api, admin = self.settings.api_token, self.settings.admin_token
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        token = given.strip() if scheme.lower() == "bearer" else ""
+        is_api, is_admin = _same(token, api), _same(token, admin)
+        if (api or admin) and token and not (is_api or is_admin):
+            raise Problem(401, "Wrong token", "Authorization: the bearer token is not the one this server knows")
+        if api and not (is_api or is_admin):
+            raise Problem(401, "Token needed", "Authorization: send `Bearer <token>`")
+        # Without an admin token, whoever may call a loopback server may also change it.
+        scope["rlif.admin"] = is_admin if admin else is_loopback(self.settings.host)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        seen = 0
+
+        async def bounded() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.settings.max_body_bytes:
+                # FastAPI lets HTTPException through while it reads a body, and hides any other error.
+                raise HTTPException(413, f"at most {self.settings.max_body_bytes} bytes")
+            return message
+
+        return bounded
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+def _same(given: str, known: str | None) -> bool:
+    return known is not None and hmac.compare_digest(given.encode(), known.encode())
+
+
+def _positive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= 86400:
+        raise Problem(400, "Bad header", f"a number of seconds in (0, 86400] (got {text!r:.50})", "X-Deadline-Seconds")
+    return seconds
+
+
+def remaining_seconds(request: Request, default: float) -> float:
+    """What the caller's `X-Deadline-Seconds` allows, or `default`."""
+    text = request.headers.get("x-deadline-seconds")
+    return default if text is None else min(default, _positive_seconds(text))
+
+
+def _check_admin(request: Request) -> None:
+    if not request.scope.get("rlif.admin"):
+        raise Problem(403, "Admin token needed", "this route changes state: send the admin token as bearer token")
+
+
+require_admin = Depends(_check_admin)
+
+
+# ---- the app ---------------------------------------------------------------------------------------------------
+
+
+def create_app(
+    service: str,
+    version: str,
+    settings: HttpSettings,
+    ready: Callable[[], dict[str, str]],
+    lifespan: Callable | None = None,
+    description: str = "",
+) -> FastAPI:
+    """An app with health, readiness, metrics and docs; add routes to it.
+
+    `ready()` returns each dependency's state: "ok", or why it is not. It is called on every probe and must be quick.
+    """
+    app = FastAPIOffline(
+        title=f"rlif {service}", version=version, lifespan=lifespan, description=description, redoc_url=None
+    )
+    app.router.route_class = _NegotiatedRoute
+    app.add_middleware(_Gate, service=service, settings=settings)
+
+    @app.exception_handler(Problem)
+    async def on_problem(_: Request, problem: Problem) -> Response:
+        return _problem_response(problem)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_: Request, error: RequestValidationError) -> Response:
+        return _validation_problem(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http(_: Request, error: HTTPException) -> Response:
+        return _problem_response(Problem(error.status_code, str(error.detail)))
+
+    @app.get("/healthz", tags=["operations"])
+    async def healthz() -> dict[str, str]:
+        """The process is alive."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["operations"])
+    async def readyz() -> Response:
+        """200 when the service can do its work, else 503 with the state of each dependency."""
+        states = ready()
+        is_ready = all(state == "ok" for state in states.values())
+        body = {"status": "ready" if is_ready else "not ready", "dependencies": states}
+        return Response(orjson.dumps(body), 200 if is_ready else 503, media_type="application/json")
+
+    @app.get("/metrics", tags=["operations"])
+    async def metrics() -> Response:
+        """Prometheus text format."""
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket (port 0: any free one). Raises StartupError when the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return bound
+
+
+def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
+    """Serve until SIGTERM or SIGINT, then finish running requests for at most `drain_seconds`.
+
+    Raises StartupError when the port is busy or the app's start-up failed.
+    """
+    bound = listen(host, port)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=75
+    )
+    server = uvicorn.Server(config)
+    log.info("listening on http://%s:%d", host, bound.getsockname()[1])
+    with bound:
+        server.run(sockets=[bound])
+    if not server.started:
+        raise StartupError("the service failed to start; the log above says why")

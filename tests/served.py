@@ -1,0 +1,32 @@
+"""A FastAPI app behind a real uvicorn server in a thread of the test process."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from services.http import listen
+
+
+@contextmanager
+def served(app: FastAPI, deadline_seconds: float = 60) -> Iterator[str]:
+    """Yields the base URL; stops the server at the end."""
+    bound = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    ends = time.monotonic() + deadline_seconds
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > ends:
+            raise RuntimeError("the test server did not start")
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        bound.close()
+        assert not thread.is_alive(), "the test server did not stop"
