@@ -203,7 +203,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def parts_agree(self) -> Self:
         if self.combine is not None and isinstance(self.rewards, str):
-            raise ValueError(f"combine: the spec {self.rewards!r} brings its own; list the rewards to combine them anew")
+            raise ValueError(
+                f"combine: the spec {self.rewards!r} brings its own; list the rewards to combine them anew"
+            )
         if self.trainer.groups_per_step % self.rollout.groups_per_request:
             raise ValueError(
                 f"rollout.groups_per_request: {self.rollout.groups_per_request} does not divide "
@@ -211,7 +213,9 @@ class Recipe(Section):
             )
         if self.rollout.group_size == 1 and not isinstance(self.rewards, str):
             if (self.combine or Combine()).normalize != "none":
-                raise ValueError("rollout.group_size: 1 leaves nothing to normalise in; use at least 2, or normalize: none")
+                raise ValueError(
+                    "rollout.group_size: 1 leaves nothing to normalise in; use at least 2, or normalize: none"
+                )
         if self.rollout.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature: 0 makes every completion of a group the same; use e.g. 1.0")
         if self.rollout.max_model_len is not None:

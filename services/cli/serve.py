@@ -1,0 +1,190 @@
+"""`rlif serve reward` and `rlif serve rollout`: one server process."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from pydantic import ValidationError
+
+from services import http, logs, recipe
+from services.spec import RewardSpec
+
+app = typer.Typer(no_args_is_help=True, help="Start one server.")
+
+Host = Annotated[str, typer.Option(help="Address to bind; beyond loopback RLIF_API_TOKEN must be set.")]
+Port = Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="Take every setting from this recipe and follow its run's weights.")
+]
+ModelName = Annotated[str | None, typer.Option("--model", help="Hugging Face name or local folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Follow = Annotated[
+    str | None, typer.Option(help="Redis URL of a run whose weight versions this server follows (with --run).")
+]
+RunName = Annotated[str | None, typer.Option("--run", help="Name of the run to follow.")]
+
+
+def _check_follow(follow: str | None, run: str | None) -> None:
+    if (follow is None) != (run is None):
+        raise http.StartupError("--follow and --run belong together: give both or neither")
+
+
+def read_spec(path: Path) -> RewardSpec:
+    """Raises StartupError naming the file and the field."""
+    try:
+        return RewardSpec.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise http.StartupError(f"--spec {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise http.StartupError(f"--spec {path} is not YAML: {error}") from error
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'spec'}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise http.StartupError(f"--spec {path}: " + "; ".join(faults)) from error
+
+
+def _limit_threads(threads: int | None) -> None:
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def replica_name(service: str, port: int) -> str:
+    return f"{service}-{socket.gethostname()}-{port}"
+
+
+@app.command()
+def reward(
+    model: ModelName = None,
+    spec: Annotated[Path | None, typer.Option(help="YAML reward spec that becomes the default.")] = None,
+    port: Port = 8100,
+    host: Host = "127.0.0.1",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the scorer.", min=1)] = None,
+    verifier_workers: Annotated[int, typer.Option(help="Processes that check math.", min=1)] = 2,
+    max_batch_tokens: Annotated[int, typer.Option(help="Padded tokens of one scoring batch.", min=1)] = 16384,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    follow: Follow = None,
+    run: RunName = None,
+    recipe_file: RecipeFile = None,
+) -> None:
+    """Score completions over HTTP: self-certainty by a scorer model, verifiable rewards, and mixes of them.
+
+    Without --model it serves the rewards that need none.
+    """
+    logs.configure()
+    _check_follow(follow, run)
+    chosen = recipe.load(recipe_file) if recipe_file else None
+    _limit_threads(chosen.scorer.threads if chosen else threads)
+    from reward_server import app as reward_app
+
+    if chosen:
+        settings = reward_app.Settings(
+            http=http.settings_from_environment(host),
+            model=chosen.model.path,
+            revision=chosen.model.revision,
+            dtype=chosen.model.dtype,
+            device=chosen.scorer.device,
+            threads=chosen.scorer.threads,
+            trust_remote_code=chosen.model.trust_remote_code,
+            default_spec=chosen.spec or str(chosen.rewards),
+            follow=chosen.scorer.follow,
+            ema_decay=chosen.scorer.ema_decay,
+            redis_url=chosen.queue.url,
+            run_id=chosen.run.name,
+            replica=replica_name("reward", port),
+            poll_seconds=chosen.weights.poll_seconds,
+            max_batch_tokens=chosen.scorer.max_batch_tokens,
+            verifier_workers=chosen.scorer.verifier_workers,
+        )
+    else:
+        settings = reward_app.Settings(
+            http=http.settings_from_environment(host),
+            model=model,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            default_spec=read_spec(spec) if spec else None,
+            redis_url=follow,
+            run_id=run,
+            replica=replica_name("reward", port),
+            max_batch_tokens=max_batch_tokens,
+            verifier_workers=verifier_workers,
+        )
+    http.serve(reward_app.create(settings), host, port)
+
+
+@app.command()
+def rollout(
+    model: ModelName = None,
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    port: Port = 8200,
+    host: Host = "127.0.0.1",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.", min=1)] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion together.")] = None,
+    max_batch_sequences: Annotated[int, typer.Option(help="Sequences generated together.", min=1)] = 256,
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of one vLLM engine.", min=1)] = 1,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory vLLM may take.")] = 0.85,
+    served_model_name: Annotated[str | None, typer.Option(help="Model name in the OpenAI routes.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    follow: Follow = None,
+    run: RunName = None,
+    recipe_file: RecipeFile = None,
+) -> None:
+    """Generate groups of completions over HTTP, with token ids and logprobs; OpenAI routes beside them."""
+    logs.configure()
+    _check_follow(follow, run)
+    chosen = recipe.load(recipe_file) if recipe_file else None
+    if chosen is None and model is None:
+        raise http.StartupError("--model: give a Hugging Face name or a local folder (or --recipe)")
+    if engine not in ("transformers", "vllm"):
+        raise http.StartupError(f"--engine {engine}: choose transformers or vllm")
+    _limit_threads(chosen.rollout.threads if chosen else threads)
+    from rollout_server import app as rollout_app
+
+    if chosen:
+        settings = rollout_app.Settings(
+            http=http.settings_from_environment(host),
+            model=chosen.model.path,
+            revision=chosen.model.revision,
+            dtype=chosen.model.dtype,
+            device=chosen.rollout.device,
+            threads=chosen.rollout.threads,
+            engine=chosen.rollout.engine,
+            max_model_len=chosen.rollout.max_model_len,
+            max_batch_sequences=chosen.rollout.max_batch_sequences,
+            tensor_parallel_size=chosen.rollout.tensor_parallel_size,
+            gpu_memory_utilization=chosen.rollout.gpu_memory_utilization,
+            trust_remote_code=chosen.model.trust_remote_code,
+            served_model_name=served_model_name,
+            redis_url=chosen.queue.url,
+            run_id=chosen.run.name,
+            replica=replica_name("rollout", port),
+            poll_seconds=chosen.weights.poll_seconds,
+        )
+    else:
+        assert model is not None
+        settings = rollout_app.Settings(
+            http=http.settings_from_environment(host),
+            model=model,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            engine=engine,
+            max_model_len=max_model_len,
+            max_batch_sequences=max_batch_sequences,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            trust_remote_code=trust_remote_code,
+            served_model_name=served_model_name,
+            redis_url=follow,
+            run_id=run,
+            replica=replica_name("rollout", port),
+        )
+    http.serve(rollout_app.create(settings), host, port)
