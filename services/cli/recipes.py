@@ -1,0 +1,70 @@
+"""`rlif recipe check` and `rlif recipe show`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from services import recipe
+from services.recipe import Recipe, RecipeError
+
+app = typer.Typer(no_args_is_help=True, help="Look at a recipe before it runs.")
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.sub=value")]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+
+
+def check_rewards(chosen: Recipe) -> None:
+    """Raises RecipeError when a reward or its parameters are unknown to the reward server of this installation."""
+    from reward_server.specs import check_spec, named_spec
+
+    try:
+        spec = chosen.spec or named_spec(str(chosen.rewards))
+        check_spec(spec)
+    except ValueError as error:
+        raise RecipeError(f"rewards: {error}") from error
+
+
+def facts(chosen: Recipe) -> dict[str, object]:
+    """What the recipe amounts to: sizes worth a look before a long run."""
+    trainer, rollout = chosen.trainer, chosen.rollout
+    return {
+        "run": chosen.run.name,
+        "model": chosen.model.path,
+        "completions_per_step": trainer.groups_per_step * rollout.group_size,
+        "prompts_in_all": trainer.steps * trainer.groups_per_step,
+        "tokens_per_step_at_most": trainer.groups_per_step
+        * rollout.group_size
+        * (rollout.sampling.max_tokens + chosen.data.max_prompt_tokens),
+        "requests_per_step": trainer.groups_per_step // rollout.groups_per_request,
+        "max_staleness": chosen.pacing.max_staleness,
+        "rewards": chosen.rewards if isinstance(chosen.rewards, str) else [term.key for term in chosen.rewards],
+    }
+
+
+@app.command()
+def check(recipe_path: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Refuse what cannot run, and say what the recipe amounts to."""
+    chosen = recipe.load(recipe_path, overrides)
+    check_rewards(chosen)
+    data = Path(chosen.data.path)
+    if data.suffix in (".jsonl", ".json", ".parquet") and not data.exists():
+        raise RecipeError(f"data.path: no file {data}")
+    found = facts(chosen)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    console = Console()
+    console.print(f"[green]ok[/green] {recipe_path}", highlight=False)
+    for key, value in found.items():
+        console.print(f"  {key.replace('_', ' '):<24} {value}", highlight=False)
+
+
+@app.command()
+def show(recipe_path: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """The recipe with every default written out."""
+    chosen = recipe.load(recipe_path, overrides)
+    typer.echo(json.dumps(chosen.model_dump(mode="json")) if as_json else recipe.dump(chosen), nl=as_json)
