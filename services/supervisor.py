@@ -1,8 +1,8 @@
 """Keeps the processes of one run on one machine alive until the main one is done.
 
 A process that ends is started again with growing pauses, at most `MAX_RESTARTS` times without `CALM_SECONDS` in
-between; exit code 2 (`EXIT_REFUSED`: it cannot start as asked) is final. Each child leads its own process group, so that
-what it started goes with it, and is ended by the kernel when the supervisor dies.
+between; exit code 2 (`EXIT_REFUSED`: it cannot start as asked) is final. Each child leads its own process group, so
+that what it started goes with it, and is ended by the kernel when the supervisor dies.
 """
 
 import ctypes

@@ -36,10 +36,10 @@ def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
     else:
         argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         argv += ["-m", "services.cli.main", "train", str(resolved)]
-    env = {**_threads(recipe.trainer.threads), "RLIF_STOPS_WITH": ""}
-    service = Service("trainer", argv + (["--resume"] if resume else []), env=env, may_finish=True)
-    service.restart_args = [] if resume else ["--resume"]
-    return service
+    restart_args = ["--resume"]
+    if resume:
+        argv, restart_args = argv + restart_args, []
+    return Service("trainer", argv, env=_threads(recipe.trainer.threads), restart_args=restart_args, may_finish=True)
 
 
 def prepare_run_dir(recipe: Recipe, resume: bool) -> None:

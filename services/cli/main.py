@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 failed while running; 2 refused: bad arguments, recipe, or
 
 import sys
 from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -39,9 +40,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    _version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
-    ),
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

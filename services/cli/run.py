@@ -31,7 +31,7 @@ def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
 
 
 def up(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Run a whole recipe on this machine: redis, servers, orchestrator and trainer, supervised. Ctrl-C stops it cleanly."""
+    """Run a whole recipe on this machine: redis, servers, orchestrator, trainer, supervised. Ctrl-C stops it."""
     logs.configure("WARNING")
     logging.getLogger("services.supervisor").setLevel(logging.INFO)
     raise typer.Exit(run_recipe(recipe.load(recipe_path, overrides), resume, Console()))
