@@ -6,6 +6,7 @@ that what it started goes with it, and is ended by the kernel when the superviso
 """
 
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -50,6 +51,16 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _note_pid(logs: Path, service: Service) -> None:
+    """`processes.json` beside the logs: who runs under which pid."""
+    assert service.process
+    path = logs / "processes.json"
+    pids = json.loads(path.read_text()) if path.exists() else {}
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps({**pids, service.name: service.process.pid}))
+    aside.replace(path)
+
+
 def _start(service: Service, logs: Path) -> None:
     again = service.process is not None
     argv = service.argv + (service.restart_args if again else [])
@@ -64,6 +75,7 @@ def _start(service: Service, logs: Path) -> None:
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     service.started_at = time.monotonic()
+    _note_pid(logs, service)
     log.info("%s %s (pid %d)", service.name, "started again" if again else "started", service.process.pid)
 
 

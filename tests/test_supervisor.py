@@ -1,0 +1,110 @@
+"""The supervisor with real processes: restarts, refusals, clean stops, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services import supervisor
+from services.supervisor import Service, supervise
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-S", "-c", code]
+
+
+def wait_for(condition, seconds: float = 10.0):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "waited too long"
+        time.sleep(0.02)
+
+
+def test_main_finishing_ends_the_others(tmp_path):
+    side = Service("side", python("import time; time.sleep(60)"))
+    main = Service("main", python("import time; time.sleep(0.3)"), may_finish=True)
+    assert supervise([side, main], "main", tmp_path) == 0
+    assert side.process.poll() == -signal.SIGTERM
+
+
+def test_a_crashed_process_is_started_again_with_its_restart_args(tmp_path):
+    code = (
+        "import sys, os, pathlib; p = pathlib.Path(sys.argv[1]); first = not p.exists(); p.write_text(repr(sys.argv))\n"
+        "os.kill(os.getpid(), 9) if first else sys.exit(0)"
+    )
+    mark = tmp_path / "mark"
+    main = Service("main", [*python(code), str(mark)], restart_args=["--resume"], may_finish=True)
+    assert supervise([main], "main", tmp_path) == 0
+    assert "--resume" in mark.read_text()
+    assert main.restarts == 1
+
+
+def test_a_refusal_is_final_and_its_log_is_shown(tmp_path, caplog):
+    main = Service("main", python("import sys; sys.stderr.write('rlif: no such model'); sys.exit(2)"))
+    assert supervise([main], "main", tmp_path) == 1
+    assert main.restarts == 0
+    assert "no such model" in caplog.text
+
+
+def test_endless_crashes_end_the_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(supervisor, "MAX_RESTARTS", 1)
+    main = Service("main", python("import sys; sys.exit(7)"))
+    assert supervise([main], "main", tmp_path) == 1
+    assert "ended 2 times in a row" in caplog.text
+
+
+def test_signal_stops_in_reverse_order_and_kills_what_a_child_started(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from services.supervisor import Service, supervise
+note = "import signal, sys, time, subprocess; child = subprocess.Popen(['sleep', '60'])\\n" \
+       "open(sys.argv[2], 'a').write(str(child.pid) + ' ')\\n" \
+       "signal.signal(15, lambda *a: (open(sys.argv[1], 'a').write(sys.argv[3]), sys.exit(0)))\\n" \
+       "time.sleep(60)"
+names = ["a", "b", "c"]
+argv = [sys.executable, "-S", "-c", note, {str(tmp_path / "order")!r}, {str(tmp_path / "pids")!r}]
+sys.exit(supervise([Service(n, [*argv, n]) for n in names], "a", Path({str(tmp_path)!r})))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    pids = tmp_path / "pids"
+    try:
+        wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 3)
+        time.sleep(0.2)
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(20) == 128 + signal.SIGTERM
+    finally:
+        parent.kill()
+    assert (tmp_path / "order").read_text() == "cba"
+    wait_for(lambda: not any(psutil.pid_exists(int(pid)) and alive(int(pid)) for pid in pids.read_text().split()))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_children_die_with_a_killed_supervisor(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from services.supervisor import Service, supervise
+child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+supervise([Service("a", [sys.executable, "-S", "-c", child, {str(tmp_path / "pid")!r}])], "a", Path({str(tmp_path)!r}))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    pid = tmp_path / "pid"
+    wait_for(lambda: pid.exists() and pid.read_text())
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait(10)
+    wait_for(lambda: not alive(int(pid.read_text())))
