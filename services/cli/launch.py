@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-import tempfile
 from pathlib import Path
 
 from services import recipe as recipes
@@ -66,9 +65,9 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     if redis_url is None:
         from services.redis import EmbeddedRedis
 
-        redis = EmbeddedRedis(run_dir / "redis", socket_path=Path(tempfile.mkdtemp(prefix="rlif-")) / "redis.sock")
+        redis = EmbeddedRedis(run_dir / "redis")
         redis_url = redis.url
-        services.append(Service("redis", redis.command))
+        services.append(Service("redis", redis.argv))
     tree = recipe.model_dump(mode="json")
     tree["run"]["dir"] = str(run_dir)
     tree["queue"]["url"] = redis_url
