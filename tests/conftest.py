@@ -1,12 +1,27 @@
 """Fixtures that many tests share. Slow parts (models, engines, redis) start once per run."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny import make_tiny_model
+
+from services.redis import EmbeddedRedis
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A 2-layer random Qwen2, V = 288, with tokenizer: a Hugging Face folder."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory) -> Iterator[EmbeddedRedis]:
+    """One real redis-server for all tests: they keep apart by fresh run ids, and leave it running."""
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_url(redis_server: EmbeddedRedis) -> str:
+    return redis_server.url
