@@ -1,0 +1,322 @@
+"""Clients of the rollout and reward servers: msgpack both ways, kept-open connections, deadlines, retries, clear errors.
+
+Every call here may be repeated safely (generation and scoring are idempotent by `group_id`), so each is retried with
+jittered backoff when the server cannot be reached or says 429, 502 or 503, within `retry_seconds` and the deadline. Any
+other answer is final: a `Refused` (4xx) carries what the server said of the request.
+"""
+
+import asyncio
+import functools
+import itertools
+import logging
+import random
+import time
+from contextlib import ExitStack
+from email.utils import parsedate_to_datetime
+from typing import Any, Self, TypeVar
+
+import httpx
+import orjson
+from anyio.from_thread import start_blocking_portal
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from services import codec
+from services.api import (
+    RewardGroup,
+    RewardsRequest,
+    RewardsResponse,
+    RolloutRequest,
+    RolloutsRequest,
+    RolloutsResponse,
+    ScoreItem,
+    ScoreRequest,
+    ScoreResponse,
+)
+from services.spec import RewardSpec
+
+log = logging.getLogger(__name__)
+
+MSGPACK = "application/msgpack"
+TRANSIENT = frozenset({429, 502, 503})
+"""Answers that say nothing of the request: a busy or restarting server, or a proxy that found none behind it."""
+CONNECT_SECONDS = 10.0
+LONGEST_DEADLINE = 86400.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+
+Answer = TypeVar("Answer")
+
+
+class CallError(Exception):
+    """A call that failed; `cause` is a short label for metrics."""
+
+    def __init__(self, url: str, message: str, cause: str):
+        super().__init__(f"{url}: {message}")
+        self.url, self.cause = url, cause
+
+
+class Unavailable(CallError):
+    """The server could not be reached or is busy. `retry_after` (seconds) when it said when to come back."""
+
+    def __init__(self, url: str, message: str, cause: str, retry_after: float | None = None):
+        super().__init__(url, message, cause)
+        self.retry_after = retry_after
+
+
+class DeadlinePassed(CallError, TimeoutError):
+    """No answer within the deadline."""
+
+
+class Refused(CallError):
+    """The server refused the request (4xx). `errors` are the faults it named: [{"field", "message"}]."""
+
+    def __init__(self, url: str, status: int, title: str, detail: str, errors: list[dict[str, str]]):
+        super().__init__(url, f"{status} {title}" + (f": {detail}" if detail else ""), str(status))
+        self.status, self.title, self.detail, self.errors = status, title, detail, errors
+
+    @property
+    def fields(self) -> set[str]:
+        return {str(error.get("field")) for error in self.errors}
+
+
+class ServerFault(CallError):
+    """The server failed (5xx) or answered something that is not its answer to this request."""
+
+
+def pause_before(attempt: int, retry_after: float | None = None) -> float:
+    """Seconds to wait before attempt number `attempt` (1: the first retry): doubling, jittered by +-50 %, capped.
+
+    A server's own `Retry-After` is never undercut.
+    """
+    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(attempt - 1, 16)) * random.uniform(0.5, 1.5)
+    return max(pause, retry_after or 0.0)
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds; the header carries a number of seconds or an HTTP date."""
+    text = response.headers.get("retry-after")
+    if text is None:
+        return None
+    try:
+        return max(0.0, float(text) if text.isdigit() else parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _problem(response: httpx.Response) -> tuple[str, str, list[dict[str, str]]]:
+    """(title, detail, errors) of a problem+json answer, or of whatever a proxy sent instead."""
+    try:
+        body = orjson.loads(response.content)
+    except orjson.JSONDecodeError:
+        body = None
+    if not isinstance(body, dict):
+        return response.reason_phrase, response.text[:300], []
+    errors = body.get("errors")
+    errors = [error for error in errors if isinstance(error, dict)] if isinstance(errors, list) else []
+    request = f" (request id {body['request_id']})" if "request_id" in body else ""
+    return str(body.get("title", response.reason_phrase)), f"{body.get('detail', '')}{request}".strip(), errors
+
+
+class ServiceClient:
+    """One server. `retry_seconds` is how long transient failures are retried; 0 raises the first.
+
+    `token` is sent as bearer token; `admin_token` instead of it on calls that change the server's state.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        admin_token: str | None = None,
+        retry_seconds: float = 60.0,
+        deadline_seconds: float = 600.0,
+    ):
+        self.url = url.rstrip("/")
+        self.token, self.admin_token = token, admin_token
+        self.retry_seconds, self.deadline_seconds = retry_seconds, deadline_seconds
+        # The whole call is bounded by its deadline, so httpx only bounds what may hang long before that.
+        self._http = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        answer: type[Answer],
+        body: BaseModel | None = None,
+        deadline_seconds: float | None = None,
+        admin: bool = False,
+    ) -> Answer:
+        """Raises Refused, Unavailable, DeadlinePassed or ServerFault."""
+        seconds = min(deadline_seconds or self.deadline_seconds, LONGEST_DEADLINE)
+        content = None if body is None else codec.pack(body)
+        started = time.monotonic()
+        for attempt in itertools.count(1):
+            try:
+                remaining = started + seconds - time.monotonic()
+                return await self._once(method, path, answer, content, remaining, seconds, admin)
+            except Unavailable as error:
+                pause = pause_before(attempt, error.retry_after)
+                if time.monotonic() + pause > started + min(seconds, self.retry_seconds):
+                    raise
+                log.warning("%s; trying again in %.1f s", error, pause)
+                await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def _once(
+        self,
+        method: str,
+        path: str,
+        answer: type[Answer],
+        content: bytes | None,
+        remaining: float,
+        seconds: float,
+        admin: bool,
+    ) -> Answer:
+        url = self.url + path
+        headers = {"Accept": MSGPACK, "X-Deadline-Seconds": f"{max(remaining, 0.001):.3f}"}
+        token = (self.admin_token or self.token) if admin else self.token
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        if content is not None:
+            headers["Content-Type"] = MSGPACK
+        try:
+            async with asyncio.timeout(max(remaining, 0)):
+                response = await self._http.request(method, url, content=content, headers=headers)
+        except TimeoutError as error:
+            raise DeadlinePassed(url, f"no answer within {seconds:g} s", "deadline") from error
+        except httpx.TransportError as error:
+            raise Unavailable(url, str(error) or type(error).__name__, "connection") from error
+        except httpx.InvalidURL as error:
+            raise Refused(url, 400, "Not a URL", str(error), []) from error
+        return self._read(response, url, answer, seconds)
+
+    def _read(self, response: httpx.Response, url: str, answer: type[Answer], seconds: float) -> Answer:
+        status = response.status_code
+        if response.is_success:
+            try:
+                is_msgpack = response.headers.get("content-type", "").startswith(MSGPACK)
+                plain = codec.unpack(response.content) if is_msgpack else orjson.loads(response.content or b"null")
+                return TypeAdapter(answer).validate_python(plain)
+            except ValidationError as error:
+                fault = error.errors(include_url=False)[0]
+                where = ".".join(str(part) for part in fault["loc"])
+                raise ServerFault(url, f"the answer is not what was asked for: {where}: {fault['msg']}", "answer") from error
+            except ValueError as error:
+                raise ServerFault(url, f"the answer cannot be read: {error}", "answer") from error
+        title, detail, errors = _problem(response)
+        said = f"{status} {title}" + (f": {detail}" if detail else "")
+        if status in TRANSIENT:
+            raise Unavailable(url, said, str(status), _retry_after(response))
+        if status == 504:
+            raise DeadlinePassed(url, f"{said} (deadline {seconds:g} s)", "deadline")
+        if 400 <= status < 500:
+            raise Refused(url, status, title, detail, errors)
+        raise ServerFault(url, said, str(status))
+
+    async def ready(self, deadline_seconds: float = 10.0) -> dict[str, Any]:
+        """What `/readyz` says. Raises Unavailable while the server is not ready."""
+        return await self.call("GET", "/readyz", dict[str, Any], deadline_seconds=deadline_seconds)
+
+    async def model(self, deadline_seconds: float | None = None) -> dict[str, Any]:
+        """What the server runs: its model, weight version, vocabulary size and backend."""
+        return await self.call("GET", "/v1/model", dict[str, Any], deadline_seconds=deadline_seconds)
+
+
+class RolloutClient(ServiceClient):
+    """Asks a rollout server for groups of completions."""
+
+    async def rollouts(
+        self, requests: list[RolloutRequest], deadline_seconds: float | None = None
+    ) -> RolloutsResponse:
+        """One group for each request, in their order. Raises ServerFault when the answer is for other requests."""
+        body = RolloutsRequest(requests=requests)
+        response = await self.call("POST", "/v1/rollouts", RolloutsResponse, body, deadline_seconds)
+        asked = [(request.group_id, request.n) for request in requests]
+        given = [(group.group_id, len(group.completions)) for group in response.groups]
+        if given != asked:
+            raise ServerFault(self.url, f"asked for groups {asked:.300}, got {given:.300}", "answer")
+        return response
+
+
+class RewardClient(ServiceClient):
+    """Asks a reward server for scores."""
+
+    async def rewards(
+        self, groups: list[RewardGroup], spec: str | None = None, deadline_seconds: float | None = None
+    ) -> RewardsResponse:
+        """The scored part of each group, in their order. Raises ServerFault when the answer is for other groups."""
+        body = RewardsRequest(spec=spec, groups=groups)
+        response = await self.call("POST", "/v1/rewards", RewardsResponse, body, deadline_seconds)
+        asked = [(group.group_id, len(group.completions)) for group in groups]
+        given = [(group.group_id, len(group.scores)) for group in response.groups]
+        if given != asked:
+            raise ServerFault(self.url, f"asked for scores of {asked}, got {given}"[:600], "answer")
+        return response
+
+    async def score(
+        self,
+        items: list[ScoreItem],
+        metrics: list[str] | None = None,
+        deadline_seconds: float | None = None,
+        **options: Any,
+    ) -> ScoreResponse:
+        """Scorer metrics of completions; `options` are the further fields of `services.api.ScoreRequest`."""
+        chosen = {"metrics": metrics} if metrics else {}
+        body = ScoreRequest(items=items, **chosen, **options)
+        return await self.call("POST", "/v1/score", ScoreResponse, body, deadline_seconds)
+
+    async def list_rewards(self, deadline_seconds: float | None = None) -> Any:
+        """Every reward of the server: what it needs, its parameters' JSON schema, its range."""
+        return await self.call("GET", "/v1/rewards", object, deadline_seconds=deadline_seconds)
+
+    async def get_spec(self, name: str, deadline_seconds: float | None = None) -> dict[str, Any]:
+        return await self.call("GET", f"/v1/specs/{name}", dict[str, Any], deadline_seconds=deadline_seconds)
+
+    async def put_spec(self, name: str, spec: RewardSpec, deadline_seconds: float | None = None) -> dict[str, Any]:
+        """Install or replace a spec (admin token)."""
+        return await self.call("PUT", f"/v1/specs/{name}", dict[str, Any], spec, deadline_seconds, admin=True)
+
+    async def delete_spec(self, name: str, deadline_seconds: float | None = None) -> None:
+        await self.call("DELETE", f"/v1/specs/{name}", object, deadline_seconds=deadline_seconds, admin=True)
+
+
+class BlockingRewardClient:
+    """A `RewardClient` for code without an event loop: the same methods, each returning when it is done.
+
+    It runs its own loop in a thread, so it also works inside a notebook. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, url: str, token: str | None = None, **options: Any):
+        self._stack = ExitStack()
+        self._portal = self._stack.enter_context(start_blocking_portal())
+        self._client = RewardClient(url, token, **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._portal.call(self._client.close)
+        self._stack.close()
+
+    def rewards(self, groups: list[RewardGroup], spec: str | None = None, **options: Any) -> RewardsResponse:
+        return self._portal.call(functools.partial(self._client.rewards, groups, spec, **options))
+
+    def score(self, items: list[ScoreItem], metrics: list[str] | None = None, **options: Any) -> ScoreResponse:
+        return self._portal.call(functools.partial(self._client.score, items, metrics, **options))
+
+    def model(self) -> dict[str, Any]:
+        return self._portal.call(self._client.model)
