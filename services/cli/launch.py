@@ -13,7 +13,7 @@ from services.supervisor import Service
 RLIF = [sys.executable, "-m", "services.cli.main"]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -58,8 +58,8 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     folder as `recipe.yaml`). Servers and redis that the recipe gives by URL are left to their owners."""
     prepare_run_dir(recipe, resume)
     run_dir = recipe.run.dir.resolve()
-    rollout_ports = [] if recipe.rollout.urls else [_free_port() for _ in range(recipe.rollout.replicas)]
-    reward_ports = [] if recipe.scorer.urls else [_free_port() for _ in range(recipe.scorer.replicas)]
+    rollout_ports = [] if recipe.rollout.urls else [free_port() for _ in range(recipe.rollout.replicas)]
+    reward_ports = [] if recipe.scorer.urls else [free_port() for _ in range(recipe.scorer.replicas)]
     services = []
     redis_url = recipe.queue.url
     if redis_url is None:

@@ -1,0 +1,53 @@
+"""A server as a child process of a command that needs one for a while."""
+
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from services.cli.launch import RLIF, free_port
+from services.http import StartupError
+from services.supervisor import die_with_parent
+
+
+@contextmanager
+def serving(kind: str, *options: str, deadline_seconds: float = 300.0) -> Iterator[str]:
+    """`rlif serve <kind> <options>` on a free loopback port; yields its URL once it is ready, stops it at the end.
+
+    Raises StartupError with the end of the server's log when it does not become ready.
+    """
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as out:
+        argv = [*RLIF, "serve", kind, "--port", str(port), *options]
+        process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+        try:
+            _wait_ready(kind, url, process, out, deadline_seconds)
+            yield url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_ready(kind: str, url: str, process: subprocess.Popen, out, deadline_seconds: float) -> None:
+    ends = time.monotonic() + deadline_seconds
+    while True:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if process.poll() is not None or time.monotonic() > ends:
+            out.seek(0)
+            said = out.read().decode(errors="replace").strip().splitlines()
+            what = "ended" if process.poll() is not None else f"was not ready within {deadline_seconds:.0f} s"
+            raise StartupError(f"the {kind} server {what}: " + "\n".join(said[-5:]).removeprefix("rlif: "))
+        time.sleep(0.1)

@@ -1,0 +1,130 @@
+"""`rlif score`: score completions from the command line, by a model loaded for it or by a running server."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from services import logs
+from services.api import ScoreItem, ScoreResponse
+from services.http import StartupError
+
+BATCH_ITEMS = 64
+FIELDS = tuple(ScoreItem.model_fields)
+
+
+@contextmanager
+def _reward_url(url: str | None, model: str | None, dtype: str, device: str) -> Iterator[str]:
+    if url:
+        yield url
+        return
+    from services.cli.child import serving
+
+    with serving("reward", "--model", str(model), "--dtype", dtype, "--device", device) as own:
+        yield own
+
+
+def _read_items(path: Path) -> list[tuple[dict[str, Any], ScoreItem]]:
+    """Rows of a JSONL file with their score items; further columns are kept. Raises StartupError naming the line."""
+    rows = []
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise StartupError(f"--file {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append((row, ScoreItem.model_validate({key: row[key] for key in FIELDS if key in row})))
+        except (ValidationError, ValueError, TypeError) as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise StartupError(f"--file {path}, line {number}: {why.removeprefix('Value error, ')}") from error
+    if not rows:
+        raise StartupError(f"--file {path}: no rows")
+    return rows
+
+
+def _show(response: ScoreResponse, console: Console) -> None:
+    table = Table("completion", "tokens", *response.results[0].scores, box=None)
+    for number, result in enumerate(response.results):
+        table.add_row(str(number), str(result.n_tokens), *(f"{value:.4f}" for value in result.scores.values()))
+    console.print(table)
+    console.print(f"{response.model}, version {response.weight_version}, vocabulary {response.vocab_size}", style="dim")
+
+
+def _score_file(client: Any, source: Path, out: Path, options: dict[str, Any], console: Console) -> None:
+    rows = iter(_read_items(source))
+    total = sum(1 for line in source.read_text().splitlines() if line.strip())
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    aside = out.with_name(out.name + ".part")
+    with Progress(*columns, console=console) as progress, aside.open("w") as sink:
+        task = progress.add_task("score", total=total)
+        while batch := list(islice(rows, BATCH_ITEMS)):
+            response = client.score([item for _, item in batch], **options)
+            for (row, _), result in zip(batch, response.results, strict=True):
+                sink.write(json.dumps({**row, **result.model_dump(exclude_none=True)}) + "\n")
+            progress.advance(task, len(batch))
+    aside.replace(out)
+
+
+def score(
+    model: Annotated[str | None, typer.Option(help="Hugging Face name or local folder to score with.")] = None,
+    url: Annotated[str | None, typer.Option(help="A running reward server instead of a model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt, as the model sees it.")] = None,
+    completion: Annotated[list[str] | None, typer.Option(help="A completion; may be given several times.")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSONL: prompt|messages|prompt_token_ids, completion|...")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where --file's rows go, with `scores` added.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Metric; may be given several times.")] = None,
+    preset: Annotated[str, typer.Option(help="Self-certainty as in: paper, open_r1, verl.")] = "paper",
+    temperature: Annotated[float, typer.Option(help="Divides the logits.", min=1e-3, max=100)] = 1.0,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Values of each token, too.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (with --model).")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda (with --model).")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Self-certainty (and other scorer metrics) of completions."""
+    logs.configure("WARNING")
+    if (model is None) == (url is None):
+        raise StartupError("give exactly one of --model and --url")
+    inline = prompt is not None and bool(completion)
+    if inline == (file is not None and out is not None) or (file is None) != (out is None):
+        raise StartupError("give either --prompt with --completion, or --file with --out")
+    if preset not in ("paper", "open_r1", "verl"):
+        raise StartupError(f"--preset {preset}: choose paper, open_r1 or verl")
+    if file is not None:
+        _read_items(file)
+    from services.clients import BlockingRewardClient, CallError
+
+    console = Console(stderr=as_json)
+    options = {
+        "metrics": metric or ["self_certainty"],
+        "preset": preset,
+        "temperature": temperature,
+        "per_token": per_token,
+    }
+    with _reward_url(url, model, dtype, device) as address:
+        with BlockingRewardClient(address, os.environ.get("RLIF_API_TOKEN"), retry_seconds=10) as client:
+            try:
+                if file is not None and out is not None:
+                    _score_file(client, file, out, options, console)
+                    return
+                response = client.score(
+                    [ScoreItem(prompt=prompt, completion=text) for text in completion or []], **options
+                )
+            except CallError as error:
+                console.print(f"rlif: {error}", style="red", highlight=False, markup=False)
+                raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(response.model_dump_json(exclude_none=True))
+    else:
+        _show(response, console)
