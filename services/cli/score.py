@@ -54,10 +54,11 @@ def _read_items(path: Path) -> list[tuple[dict[str, Any], ScoreItem]]:
     return rows
 
 
-def _show(response: ScoreResponse, console: Console) -> None:
-    table = Table("completion", "tokens", *response.results[0].scores, box=None)
+def _show(response: ScoreResponse, metrics: list[str], console: Console) -> None:
+    table = Table("completion", "tokens", *metrics, box=None)
     for number, result in enumerate(response.results):
-        table.add_row(str(number), str(result.n_tokens), *(f"{value:.4f}" for value in result.scores.values()))
+        values = (f"{result.scores[name]:.4f}" if name in result.scores else "-" for name in metrics)
+        table.add_row(str(number), str(result.n_tokens), *values)
     console.print(table)
     console.print(f"{response.model}, version {response.weight_version}, vocabulary {response.vocab_size}", style="dim")
 
@@ -101,6 +102,8 @@ def score(
         raise StartupError("give either --prompt with --completion, or --file with --out")
     if preset not in ("paper", "open_r1", "verl"):
         raise StartupError(f"--preset {preset}: choose paper, open_r1 or verl")
+    if per_token and not (as_json or file):
+        raise StartupError("--per-token: its values come with --json, or in --out's rows")
     if file is not None:
         _read_items(file)
     from services.clients import BlockingRewardClient, CallError
@@ -127,4 +130,4 @@ def score(
     if as_json:
         typer.echo(response.model_dump_json(exclude_none=True))
     else:
-        _show(response, console)
+        _show(response, metric or ["self_certainty"], console)
