@@ -1,0 +1,55 @@
+"""Run under torchrun (or alone) by test_trainer.py: `trainer_worker.py CASES.json`.
+
+Each case names a recipe, batches of packed groups and an output folder: trains on them without a queue, and writes the
+results and, from rank 0, the final weights.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from services import codec, recipe
+from services.contract import ScoredGroup
+from trainer import engine as engines
+from trainer import policy as policies
+from trainer import ranks as rank_groups
+from trainer.batch import sequences
+from trainer.step import train_step
+
+
+def run(case: dict, ranks: rank_groups.Ranks) -> None:
+    settings = recipe.parse(case["recipe"])
+    engines.check(settings)
+    policy = policies.load(settings.model, settings.trainer.gradient_checkpointing)
+    if case.get("tile_elements"):
+        policy.head.tile_rows = case["tile_elements"] // policy.vocab_size
+    engine = engines.start(policy, settings, ranks)
+    reference = engines.start_frozen(policies.reference(settings.model), settings, ranks)
+    results = []
+    for step, batch in enumerate(case["batches"]):
+        groups = [codec.unpack_as(ScoredGroup, bytes.fromhex(text)) for text in batch]
+        result = train_step(engine, reference, sequences(groups, policy.vocab_size), step, settings.trainer, ranks)
+        results.append(dataclasses.asdict(result))
+    weights = dict(policies.tensors(policy, partitioned=settings.trainer.zero_stage == 3))
+    if ranks.first:
+        out = Path(case["out"])
+        out.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights.safetensors")
+        (out / "results.json").write_text(json.dumps(results))
+    engine.destroy()
+
+
+def main(path: str) -> None:
+    cases = json.loads(Path(path).read_text())
+    torch.use_deterministic_algorithms(True)
+    with rank_groups.join(recipe.parse(cases[0]["recipe"]).trainer) as ranks:
+        for case in cases:
+            run(case, ranks)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
