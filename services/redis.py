@@ -194,7 +194,7 @@ class EmbeddedRedis:
         return f"unix://{self.socket_path}"
 
     @property
-    def command(self) -> list[str]:
+    def argv(self) -> list[str]:
         """The server's command line, for whoever supervises it as a process of its own."""
         settings = {
             "port": "0",
@@ -230,7 +230,7 @@ class EmbeddedRedis:
             main = threading.current_thread() is threading.main_thread()
             with self.log_file.open("ab") as out:
                 self.process = subprocess.Popen(
-                    self.command,
+                    self.argv,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,

@@ -1,0 +1,373 @@
+"""Scored groups over Redis Streams: from many pushers to one consumer, the trainer's rank 0.
+
+Delivery is at least once; the effect is exactly once a lineage, because the consumer keeps the ids of the entries it
+consumed in its checkpoint and hands them to `recover`. Nothing is trimmed before it is acknowledged. Whatever redis
+answers late or twice is harmless: pushes are deduplicated by group id, and a consumer of an outlived lineage is fenced.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from prometheus_client import Counter, Gauge
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from services import codec
+from services.contract import ScoredGroup
+from services.keys import Keys
+from services.redis import BLOCK_SECONDS, DeadlineExceeded, insist
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+GROUP = "trainer"
+"""The name of the one consumer group of a run."""
+BATCH = 1000
+"""Entry ids in one command."""
+TELL_SECONDS = 30.0
+
+ENTRIES = Gauge("rlif_queue_groups", "Scored groups by state: queued, pending (delivered), dead", ["run", "state"])
+OLDEST = Gauge("rlif_queue_oldest_seconds", "Age of the oldest group that is not acknowledged", ["run"])
+DEAD = Counter("rlif_queue_dead_lettered", "Groups this process moved to the dead-letter stream", ["run"])
+
+PUSH = """
+if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 0 end
+local id = redis.call('XADD', KEYS[1], '*', 'id', ARGV[1], 'index', ARGV[2], 'group', ARGV[3])
+redis.call('HSET', KEYS[2], ARGV[1], id)
+return 1
+"""
+BURY = """
+if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 0 end
+redis.call('XADD', KEYS[1], '*', 'id', ARGV[1], 'index', ARGV[2], 'group', ARGV[3], 'reason', ARGV[4])
+redis.call('HSET', KEYS[2], ARGV[1], 'dead')
+return 1
+"""
+CLAIM_LINEAGE = """
+local stored, lineage = redis.call('GET', KEYS[1]), tonumber(ARGV[1])
+if stored and tonumber(stored) + 1 > lineage then lineage = tonumber(stored) + 1 end
+redis.call('SET', KEYS[1], string.format('%d', lineage))
+return lineage
+"""
+# Every script of the consumer starts with this; an empty ARGV[1] stands for a consumer that claimed no lineage.
+FENCE = """
+local current = redis.call('GET', KEYS[1])
+if ARGV[1] ~= '' and current ~= ARGV[1] then return redis.error_reply('FENCED ' .. (current or 'none')) end
+"""
+LEFT = FENCE + "return redis.call('XPENDING', KEYS[2], ARGV[2])[1]"
+ACK = (
+    FENCE
+    + """
+local acked = 0
+for i = 3, #ARGV do
+  acked = acked + redis.call('XACK', KEYS[2], ARGV[2], ARGV[i])
+  redis.call('XDEL', KEYS[2], ARGV[i])
+  redis.call('HDEL', KEYS[3], ARGV[i])
+end
+return acked
+"""
+)
+# The token makes a repeated call count once.
+BEGIN = (
+    FENCE
+    + """
+for i = 3, #ARGV do
+  local count, token = string.match(redis.call('HGET', KEYS[2], ARGV[i]) or '0:', '(%d+):(.*)')
+  if token ~= ARGV[2] then redis.call('HSET', KEYS[2], ARGV[i], (count + 1) .. ':' .. ARGV[2]) end
+end
+"""
+)
+FINISH = FENCE + "for i = 2, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end"
+DEAD_LETTER = (
+    FENCE
+    + """
+if redis.call('XACK', KEYS[2], ARGV[2], ARGV[3]) == 0 then return 0 end
+redis.call('XADD', KEYS[3], '*', 'id', ARGV[4], 'index', ARGV[5], 'group', ARGV[6], 'reason', ARGV[7])
+redis.call('XDEL', KEYS[2], ARGV[3])
+redis.call('HDEL', KEYS[4], ARGV[3])
+redis.call('HSET', KEYS[5], ARGV[4], 'dead')
+return 1
+"""
+)
+DEPTH = """
+local waiting, pending = redis.call('XLEN', KEYS[1]), redis.pcall('XPENDING', KEYS[1], ARGV[1])
+local first, time = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1], redis.call('TIME')
+local delivered, dead = pending.err and 0 or pending[1], redis.call('XLEN', KEYS[2])
+return {waiting, delivered, dead, first and first[1] or '', time[1], time[2]}
+"""
+
+
+class Fenced(Exception):
+    """A newer trainer has taken over the run: this one must stop, nothing it does counts any more."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A delivered group; `entry_id` is what checkpoints keep and `ack` takes."""
+
+    entry_id: str
+    group: ScoredGroup
+
+
+@dataclass(frozen=True)
+class DeadGroup:
+    """`payload` is the packed group as far as it was ever made, possibly empty or undecodable."""
+
+    group_id: str
+    index: int
+    reason: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Depth:
+    """`queued`: pushed, not yet delivered; `pending`: delivered, not yet acknowledged; `dead`: dead-lettered.
+    `oldest_age_seconds`: by the server's clock, of the oldest group queued or pending; 0 when there is none."""
+
+    queued: int
+    pending: int
+    dead: int
+    oldest_age_seconds: float
+
+
+class GroupQueue:
+    """One run's queue. `patience_seconds` is how long an operation outlasts a redis that is away before it raises
+    DeadlineExceeded; `max_deliveries` how often an entry may be begun without being finished before it is buried.
+
+    Pushers use `push`, `bury`, `seen`. The consumer calls `claim_lineage`, `recover`, then, for every step, `pull`,
+    `begin`, `finish`, and `ack` once a checkpoint holds the step. Its calls raise Fenced when another claimed later.
+    """
+
+    def __init__(self, redis: Redis, run_id: str, max_deliveries: int = 3, patience_seconds: float = 300.0):
+        # redis-py's annotations are the union of what every protocol and decoding setting may answer.
+        self.redis: Any = redis
+        self.run_id = run_id
+        self.max_deliveries, self.patience_seconds = max_deliveries, patience_seconds
+        self.keys = Keys(run_id)
+        self.consumer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.lineage: int | None = None
+        # Together these two are what redis holds as pending: delivered to the caller, and to be delivered next (in
+        # stream order, with the fields where a read brought them).
+        self._held: set[str] = set()
+        self._next: dict[str, dict[bytes, bytes] | None] = {}
+
+    # ---- pushers -------------------------------------------------------------------------------------------------
+
+    async def push(self, group: ScoredGroup) -> bool:
+        """Append a group unless its id was pushed or buried before; False then (also when a first attempt of this
+        very call took effect but redis went away before it could answer)."""
+        keys, payload = [self.keys.groups, self.keys.pushed], codec.pack(group)
+        return bool(await self._run(PUSH, keys, [group.group_id, group.index, payload], f"push {group.group_id}"))
+
+    async def bury(self, group_id: str, index: int, reason: str, payload: bytes = b"") -> bool:
+        """Give a group up: to the dead-letter stream, and never to be pushed again. False if it was pushed before."""
+        log.warning("group %s (index %d) is given up: %s", group_id, index, reason)
+        keys, arguments = [self.keys.dead, self.keys.pushed], [group_id, index, payload, reason]
+        buried = bool(await self._run(BURY, keys, arguments, f"bury {group_id}"))
+        DEAD.labels(self.run_id).inc(buried)
+        return buried
+
+    async def seen(self) -> set[str]:
+        """The ids of all groups pushed or buried since the run began."""
+        found = await self._insist(lambda: self.redis.hkeys(self.keys.pushed), "read the ids of pushed groups")
+        return {field.decode() for field in found}
+
+    # ---- the consumer --------------------------------------------------------------------------------------------
+
+    async def claim_lineage(self, at_least: int) -> int:
+        """A lineage no trainer of this run had before, and at least `at_least`; a fresh run's first claim of 0 gets 0.
+        From now on every earlier consumer is fenced."""
+        self.lineage = int(await self._run(CLAIM_LINEAGE, [self.keys.lineage], [at_least], "claim a lineage"))
+        return self.lineage
+
+    async def recover(self, consumed: Iterable[str]) -> None:
+        """Take over every pending entry, whichever consumer held it: those in `consumed` (entry ids out of the restored
+        checkpoint) are acknowledged, the others will be pulled again, in stream order, before new ones."""
+        consumed = set(consumed)
+        await self._insist(self._take_over, "take over pending groups")
+        done = [entry_id for entry_id in self._next if entry_id in consumed]
+        await self._acknowledge(done, self.lineage)
+        log.info("run %s: %d groups come again, %d were consumed", self.run_id, len(self._next), len(done))
+
+    async def pull(self, count: int, deadline_seconds: float) -> list[Entry]:
+        """The next `count` groups. Entries that cannot be decoded, and those begun too often, are dead-lettered.
+
+        Raises DeadlineExceeded when fewer came in time; those will be pulled again.
+        """
+        started = told = time.monotonic()
+        ends, entries = started + deadline_seconds, list[Entry]()
+        try:
+            while len(entries) < count:
+                now = time.monotonic()
+                what = f"{len(entries)} of {count} scored groups of run {self.run_id} in {now - started:.0f} s"
+                if now >= ends:
+                    raise DeadlineExceeded(f"{what}: waited for the orchestrator to push more to {self.keys.groups}")
+                if now >= told + TELL_SECONDS:
+                    log.info("%s: waiting for the orchestrator", what)
+                    told = now
+                if not self._next:
+                    refill = partial(self._refill, count - len(entries), min(BLOCK_SECONDS, ends - now))
+                    await insist(refill, f"run {self.run_id}: pull groups", ends - now)
+                    continue
+                entry = await insist(self._open, f"run {self.run_id}: pull groups", ends - now)
+                if entry is not None:
+                    entries.append(entry)
+        except BaseException:
+            returned: dict[str, dict[bytes, bytes] | None] = {entry.entry_id: None for entry in entries}
+            self._held.difference_update(returned)
+            self._next = returned | self._next
+            raise
+        return entries
+
+    async def begin(self, entries: Sequence[Entry]) -> None:
+        """Note that these groups are about to be trained: what makes the trainer crash is found by counting."""
+        keys, token = [self.keys.lineage, self.keys.attempts], secrets.token_hex(8)
+        for ids in _batches([entry.entry_id for entry in entries]):
+            await self._run(BEGIN, keys, [self._fence, token, *ids], "begin a step")
+
+    async def finish(self, entries: Sequence[Entry]) -> None:
+        """Note that the groups were trained without harm; they stay pending until `ack`."""
+        for ids in _batches([entry.entry_id for entry in entries]):
+            await self._run(FINISH, [self.keys.lineage, self.keys.attempts], [self._fence, *ids], "finish a step")
+
+    async def ack(self, entry_ids: Sequence[str], lineage: int) -> None:
+        """Drop entries for good: call it once a durable checkpoint holds their effect. Raises Fenced."""
+        await self._acknowledge(entry_ids, lineage)
+
+    # ---- everyone ------------------------------------------------------------------------------------------------
+
+    async def depth(self) -> Depth:
+        """How much lies in the queue; also sets the `rlif_queue_*` gauges."""
+        answer = await self._run(DEPTH, [self.keys.groups, self.keys.dead], [GROUP], "read the queue's depth")
+        waiting, pending, dead, first, seconds, micros = answer
+        age = int(seconds) + int(micros) / 1e6 - int(first.split(b"-")[0]) / 1e3 if first else 0.0
+        depth = Depth(waiting - pending, pending, dead, max(0.0, age))
+        for state in ("queued", "pending", "dead"):
+            ENTRIES.labels(self.run_id, state).set(getattr(depth, state))
+        OLDEST.labels(self.run_id).set(depth.oldest_age_seconds)
+        return depth
+
+    async def dead(self) -> list[DeadGroup]:
+        """The dead-letter stream, oldest first."""
+        found = await self._insist(lambda: self.redis.xrange(self.keys.dead), "read dead groups")
+        return [
+            DeadGroup(fields[b"id"].decode(), int(fields[b"index"]), fields[b"reason"].decode(), fields[b"group"])
+            for _, fields in found
+        ]
+
+    # ---- how -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _fence(self) -> str:
+        return "" if self.lineage is None else str(self.lineage)
+
+    async def _insist(self, call: Callable[[], Awaitable[Result]], what: str) -> Result:
+        return await insist(call, f"run {self.run_id}: {what}", self.patience_seconds)
+
+    async def _script(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
+        try:
+            return await self.redis.register_script(script)(keys, arguments)
+        except ResponseError as error:
+            code, _, rest = str(error).partition(" ")
+            if code != "FENCED":
+                raise
+            mine = arguments[0]
+            if rest.startswith("none"):
+                raise Fenced(f"run {self.run_id}: redis lost the run's data; lineage {mine} must restart") from error
+            raise Fenced(
+                f"run {self.run_id}: lineage {mine} is outlived, {rest.split()[0]} is the current one"
+            ) from error
+
+    async def _run(self, script: str, keys: list[str], arguments: list[Any], what: str) -> Any:
+        return await self._insist(lambda: self._script(script, keys, arguments), what)
+
+    async def _acknowledge(self, entry_ids: Sequence[str], lineage: int | None) -> None:
+        keys = [self.keys.lineage, self.keys.groups, self.keys.attempts]
+        fence = "" if lineage is None else str(lineage)
+        for ids in _batches(entry_ids):
+            await self._run(ACK, keys, [fence, GROUP, *ids], "acknowledge groups")
+            self._held.difference_update(ids)
+            for entry_id in ids:
+                self._next.pop(entry_id, None)
+
+    async def _make_group(self) -> None:
+        try:
+            await self.redis.xgroup_create(self.keys.groups, GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+
+    async def _take_over(self) -> None:
+        """Make `_next` every pending entry that the caller does not hold."""
+        await self._make_group()
+        pending, start = list[str](), "0-0"
+        while True:
+            found = await self.redis.xautoclaim(
+                self.keys.groups, GROUP, self.consumer, min_idle_time=0, start_id=start, count=BATCH, justid=True
+            )
+            if not found:
+                break
+            pending += [entry_id.decode() for entry_id in found]
+            milliseconds, _, number = pending[-1].partition("-")
+            start = f"{milliseconds}-{int(number) + 1}"
+        self._held.intersection_update(pending)
+        self._next = {entry_id: self._next.get(entry_id) for entry_id in pending if entry_id not in self._held}
+
+    async def _refill(self, count: int, wait_seconds: float) -> None:
+        """Fill `_next`: with entries whose delivery got lost (an earlier consumer's, or an answer redis could not
+        bring), else with at most `count` new ones, for which it waits."""
+        try:
+            pending = await self._script(LEFT, [self.keys.lineage, self.keys.groups], [self._fence, GROUP])
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            await self._make_group()
+            pending = 0
+        if pending != len(self._held):
+            await self._take_over()
+        if self._next:
+            return
+        block = max(1, int(wait_seconds * 1000))
+        found = await self.redis.xreadgroup(GROUP, self.consumer, {self.keys.groups: ">"}, count=count, block=block)
+        for _, entries in found or []:
+            self._next |= {entry_id.decode(): fields for entry_id, fields in entries}
+
+    async def _open(self) -> Entry | None:
+        """Deliver the first of `_next`; none when it turned out to be no group to train."""
+        entry_id, fields = next(iter(self._next.items()))
+        begun = 0
+        if fields is None:
+            found = await self.redis.xrange(self.keys.groups, entry_id, entry_id)
+            fields = found[0][1] if found else {}
+            begun = int((await self.redis.hget(self.keys.attempts, entry_id) or b"0:").split(b":")[0])
+        if begun >= self.max_deliveries:
+            reason = f"training was begun {begun} times and never finished"
+        else:
+            try:
+                group = codec.unpack_as(ScoredGroup, fields.get(b"group", b""))
+            except ValueError as error:
+                reason = f"not a scored group: {error}"
+            else:
+                del self._next[entry_id]
+                self._held.add(entry_id)
+                return Entry(entry_id, group)
+        group_id, index = fields.get(b"id", b"?").decode(errors="replace"), fields.get(b"index", b"")
+        keys = [self.keys.lineage, self.keys.groups, self.keys.dead, self.keys.attempts, self.keys.pushed]
+        payload, place = fields.get(b"group", b""), index if index.isdigit() else b"0"
+        arguments = [self._fence, GROUP, entry_id, group_id, place, payload, reason]
+        await self._script(DEAD_LETTER, keys, arguments)
+        del self._next[entry_id]
+        DEAD.labels(self.run_id).inc()
+        log.error("run %s: group %s (entry %s) is dead-lettered: %s", self.run_id, group_id, entry_id, reason)
+        return None
+
+
+def _batches(ids: Sequence[str]) -> list[Sequence[str]]:
+    return [ids[start : start + BATCH] for start in range(0, len(ids), BATCH)]
