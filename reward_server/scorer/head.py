@@ -1,0 +1,90 @@
+"""A causal model's LM head, taken apart: weight, bias and whatever the model does to its logits afterwards."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PROBE_TOKENS = 4
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest difference between our logits and the model's own, as a share of the largest logit."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap(scale * (hidden @ weight.T + bias)), softcap(z) = cap * tanh(z / cap).
+
+    `weight` [V, H] holds the V rows that the model's config counts. `mean_weight` (float64 [H]) and `mean_bias` make the
+    mean logit a dot product: mean_j z_j = scale * (hidden . mean_weight + mean_bias), when there is no softcap.
+    """
+
+    weight: torch.Tensor
+    mean_weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    mean_bias: float = 0.0
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(
+        cls, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+    ):
+        """Averages the rows in float64 over blocks that were summed in float32."""
+        total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+        for block in weight.split(1024):
+            total += block.sum(0, dtype=torch.float32)
+        mean_bias = 0.0 if bias is None else bias.double().mean().item()
+        return cls(weight, total / weight.shape[0], bias, mean_bias, scale, softcap)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+
+def head_of(model: Any) -> Head:
+    """The head of a transformers causal model. Raises ValueError for one this module cannot reproduce exactly."""
+    config = model.config.get_text_config()
+    linear = model.get_output_embeddings()
+    weight = getattr(linear, "weight", None)
+    if model.config.is_encoder_decoder or weight is None or weight.dim() != 2:
+        raise ValueError(f"model: {type(model).__name__} has no causal LM head with a weight matrix")
+    vocab_size = config.vocab_size
+    if weight.shape[0] < vocab_size:
+        raise ValueError(f"model: the LM head has {weight.shape[0]} rows but config.vocab_size is {vocab_size}")
+    bias = getattr(linear, "bias", None)
+    return Head.of(
+        weight.detach()[:vocab_size],
+        None if bias is None else bias.detach()[:vocab_size],
+        _scale(config),
+        getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _scale(config: Any) -> float:
+    """The factor on the logits: Granite divides, HyperCLOVA X, Cohere and Falcon-H1 multiply."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(
+        getattr(config, "lm_head_multiplier", None) or 1.0
+    )
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    return scale / scaling if config.model_type.startswith("granite") else scale * scaling
+
+
+@torch.inference_mode()
+def check_head(model: Any, decoder: Any, head: Head) -> None:
+    """Compare with the model's own logits on a few tokens, so that an unknown step after the head is refused, not missed.
+
+    Raises ValueError.
+    """
+    ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % head.vocab_size
+    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+    own = model(input_ids=ids, use_cache=False).logits[0, :, : head.vocab_size].float()
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    error = (logits - own).abs().max().item()
+    largest = own.abs().max().item()
+    if not error <= PROBE_TOLERANCE[head.weight.dtype] * max(largest, 1e-3):
+        raise ValueError(
+            f"model: {type(model).__name__} does something to its logits that the scorer does not know "
+            f"(largest logit {largest:.4g}, differs by {error:.4g}); it cannot be scored exactly"
+        )
