@@ -23,6 +23,8 @@ class RewardTerm(Wire):
     params: dict[str, Any] = Field(default_factory=dict)
     label: str | None = Field(None, min_length=1, max_length=64)
     """Key in `components`; needed only when one reward occurs twice with different parameters."""
+    bundle: str | None = Field(None, min_length=1, max_length=64)
+    """Terms of one bundle are weighted, summed raw and normalised as one, then added with weight 1."""
 
     @property
     def key(self) -> str:
@@ -30,7 +32,8 @@ class RewardTerm(Wire):
 
 
 class Combine(Wire):
-    """`normalize_then_sum`: normalise each reward inside its group, weight, add. `sum_then_normalize`: the other order.
+    """`normalize_then_sum`: normalise each reward inside its group, weight, add. `sum_then_normalize`: the other order
+    (all terms are one bundle).
 
     `eps` is added to the group's standard deviation (ddof 1), as GRPO does.
     """

@@ -1,0 +1,144 @@
+"""`math_verify`: is the completion's last answer mathematically the reference answer?
+
+The answer is looked for boxed first (the last `\\boxed{}`), then after phrases such as "the answer is", then, unless
+`anchored`, as the last expression of the text. Bare boxes in one text are one answer together (the set of them), so that
+hedging does not pay. The work is done by the math-verify package in processes that can be
+killed: hostile answers (towers of powers, huge factorials, deep nesting) become `timeout` or `error`, never 0.
+"""
+
+import asyncio
+import re
+from functools import cache
+from typing import Any
+
+from pydantic import Field
+
+from reward_server.reward import Context, Params, Reward
+from reward_server.worker_process import Exhausted
+from services.api import RewardGroup
+from services.contract import Outcome, Score
+
+CHECK = "reward_server.rewards.math_verify:check"
+WARM_UP = (CHECK, {"gold": "\\frac{1}{2}", "text": "so \\boxed{0.5}", "anchored": False})
+MAX_GOLD = 4096
+
+MARKED = re.compile(r"\\boxed|(?<!\\)\$")
+"""A reference answer that says itself where its mathematics are; any other is mathematics as a whole."""
+COSTLY = re.compile(
+    r"[\d)}]\s*!"  # factorials
+    r"|\\(?:sum|prod|int|lim|binom|sqrt\[)|\\frac\s*\{[^{}]*\\frac[^{}]*\{[^{}]*\\frac"
+    r"|(?:\^|\*\*)[\s{(]*\d{3,}"  # large exponents
+    r"|(?:\^|\*\*)[\s{(\d]*(?:\^|\*\*)"  # towers of powers
+    r"|[{(\[]\s*(?:[{(\[]\s*){5}"  # deep nesting
+    r"|\d{40,}"
+)
+
+
+class MathParams(Params):
+    """`anchored`: an answer counts only in a box or after words that announce it, not just by standing last."""
+
+    anchored: bool = False
+    tail_characters: int = Field(16384, ge=16, le=200_000, description="only the end of a completion is read")
+
+
+def heavy(text: str) -> bool:
+    """Whether the answer looks expensive to compare. Decides where the check waits, never what it says."""
+    start = text.rfind("\\boxed")
+    answer = text[start : start + 4000] if start >= 0 else text[-2000:]
+    return COSTLY.search(answer) is not None
+
+
+async def score(group: RewardGroup, params: MathParams, context: Context) -> list[Score]:
+    gold = (group.task.reference.answer or "") if group.task.reference else ""
+    if len(gold) > MAX_GOLD:
+        detail = f"the reference answer has {len(gold)} characters, more than {MAX_GOLD}"
+        return [Score.failed(Outcome.unparsable, detail) for _ in group.completions]
+    gold_is_heavy = heavy(gold)
+
+    async def one(text: str) -> Score:
+        text = text[-params.tail_characters :]
+        payload = {"gold": gold, "text": text, "anchored": params.anchored}
+        costly = gold_is_heavy or heavy(text)
+        verdict = await context.workers.check(CHECK, payload, context.deadline, context.turn, heavy=costly)
+        if verdict.status != "ok":
+            return Score.failed(Outcome(verdict.status), verdict.detail, verdict.seconds)
+        outcome, detail = Outcome(verdict.result["outcome"]), verdict.result["detail"]
+        if outcome is Outcome.unparsable:
+            return Score.failed(outcome, detail, verdict.seconds)
+        return Score.of(float(outcome is Outcome.correct), outcome, detail, verdict.seconds)
+
+    return list(await asyncio.gather(*(one(completion.text) for completion in group.completions)))
+
+
+REWARD = Reward(
+    name="math_verify",
+    description="1 when the completion's final answer equals the reference answer mathematically, 0 when it does not.",
+    needs=("reference.answer", "math-verify"),
+    range=(0.0, 1.0),
+    params=MathParams,
+    score=score,
+)
+
+
+# ---- from here on: inside a worker process ---------------------------------------------------------------------
+
+
+@cache
+def _library() -> tuple[Any, Any, Any]:
+    """(parse, verify, extraction configs by anchoring), with out-of-resources failures made visible.
+
+    math-verify catches every Exception of its parsers and goes on as if there were no answer; running out of stack or
+    memory must not become a 0 that way.
+    """
+    import logging
+
+    import math_verify as package
+    from math_verify import parser
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # warns that its own timeouts are off: ours are on
+
+    def surfacing(function):
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except (RecursionError, MemoryError) as error:
+                raise Exhausted(f"{type(error).__name__} while parsing") from None
+
+        return call
+
+    parser.latex2sympy = surfacing(parser.latex2sympy)
+    parser.parse_expr = surfacing(parser.parse_expr)
+    configs = {
+        anchored: [
+            package.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=not anchored),
+            package.ExprExtractionConfig(try_extract_without_anchor=not anchored),
+        ]
+        for anchored in (False, True)
+    }
+    return package.parse, package.verify, configs
+
+
+def _parsed(found: list[Any]) -> bool:
+    """math-verify adds the extracted text as a plain string; anything else in the list is an expression."""
+    return any(not isinstance(item, str) for item in found)
+
+
+def check(payload: dict[str, Any]) -> dict[str, Any]:
+    """Compare one completion with the gold answer: {"outcome", "detail"}. `raise_on_error`, and time limits of the
+    worker process instead of math-verify's own, so that an expired check is never taken for a wrong answer."""
+    parse, verify, configs = _library()
+    options = {"parsing_timeout": None, "raise_on_error": True}
+    gold_text = payload["gold"]
+    if not MARKED.search(gold_text):
+        gold_text = f"\\boxed{{{gold_text}}}"
+    gold = parse(gold_text, extraction_config=configs[False], **options)
+    if not _parsed(gold):
+        return {"outcome": "unparsable", "detail": "the reference answer is not a mathematical expression"}
+    config = configs[payload["anchored"]]
+    found = parse(payload["text"], extraction_config=config, extraction_mode="first_match", **options)
+    if not found:
+        return {"outcome": "no_answer", "detail": ""}
+    said = next((item for item in found if isinstance(item, str)), "")[:200]
+    if verify(gold, found, timeout_seconds=None, raise_on_error=True):
+        return {"outcome": "correct", "detail": said}
+    return {"outcome": "wrong" if _parsed(found) else "no_answer", "detail": said}
