@@ -1,0 +1,177 @@
+"""A server's side: learn of a new version, check all of its files, load it, report it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from prometheus_client import Counter, Gauge
+from pydantic import ValidationError
+from redis.asyncio import Redis
+
+from services.contract import Version, WeightVersion
+from services.keys import Keys
+from services.redis import PASSING, DeadlineExceeded, connect
+from services.weights import pointer
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[Version, Path], Awaitable[None]]
+
+BEAT_SECONDS = 2.0
+REDIS_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+
+VERSION = Gauge("rlif_weight_version", "Optimizer step of the served weights", ["service"])
+LINEAGE = Gauge("rlif_weight_lineage", "Lineage of the served weights", ["service"])
+LOAD_SECONDS = Gauge("rlif_weight_load_seconds", "Time the newest load took, checks included", ["service"])
+REFUSED = Counter("rlif_weight_versions_refused", "Weight versions that were not taken", ["service"])
+
+
+class Follower:
+    """Keeps a server at the newest weights of a run, from a background task between `start` and `stop`.
+
+    A version is first checked byte by byte against its manifest (in a thread), then `load(version, directory)` is
+    awaited; `load` has to leave the old weights serving when it raises. A version that is damaged or does not load is
+    refused: the old one stays, and it is tried again with growing pauses, since a shared disk may lag behind redis.
+    """
+
+    def __init__(
+        self, redis_url: str, run_id: str, replica: str, service: str, url: str, load: Load, poll_seconds: float = 0.2
+    ):
+        self.run_id, self.replica, self.service, self.url = run_id, replica, service, url
+        self.load, self.poll_seconds = load, poll_seconds
+        self.version: Version | None = None
+        """What is served; none while that is still the model the server started with."""
+        self.redis_state = "not connected yet"
+        """`ok`, or why redis cannot be reached: for the server's readiness."""
+        self.refusal = ""
+        """Why the newest version was refused; empty when it was not."""
+        self._redis: Redis = connect(redis_url)
+        self._refused: Version | None = None
+        self._attempts, self._again_at = 0, 0.0
+        self._changed = asyncio.Condition()
+        self._tasks: list[asyncio.Task] = []
+
+    async def start(self) -> None:
+        """Returns at once; redis may be away, and come later."""
+        self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._report())]
+
+    async def stop(self) -> None:
+        """Ends the task (not in the middle of a load) and takes the replica off the list of followers."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await pointer.leave(self._redis, self.run_id, self.replica)
+        except PASSING as error:
+            log.warning("%s could not take its leave: %s", self.replica, error)
+        await self._redis.aclose()
+
+    async def at_least(self, version: Version, deadline_seconds: float) -> Version:
+        """Wait until the served version is `version` or newer; returns it. Raises DeadlineExceeded."""
+
+        def there() -> bool:
+            return self.version is not None and self.version >= version
+
+        try:
+            async with asyncio.timeout(deadline_seconds), self._changed:
+                await self._changed.wait_for(there)
+        except TimeoutError:
+            why = self.refusal or ("" if self.redis_state == "ok" else f"redis: {self.redis_state}")
+            raise DeadlineExceeded(
+                f"waited {deadline_seconds:g} s for weights {version} of run {self.run_id}'s trainer; {self.service} "
+                f"serves {self.version or 'the base model'}" + (f" ({why})" if why else "")
+            ) from None
+        assert self.version is not None
+        return self.version
+
+    # ---- how -----------------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub() as news:
+                    await news.subscribe(Keys(self.run_id).weights_news)
+                    while True:
+                        await self._look()
+                        self._set_redis_state("ok")
+                        # An announcement ends the pause early; one that got lost costs `poll_seconds`.
+                        await news.get_message(ignore_subscribe_messages=True, timeout=self.poll_seconds)
+            except PASSING as error:
+                self._set_redis_state(str(error))
+            await asyncio.sleep(REDIS_PAUSE_SECONDS)
+
+    def _set_redis_state(self, state: str) -> None:
+        if state != self.redis_state:
+            log.log(logging.INFO if state == "ok" else logging.WARNING, "%s: redis: %s", self.replica, state)
+        self.redis_state = state
+
+    async def _look(self) -> None:
+        """Take the newest version unless it is served or was refused a moment ago."""
+        newest = await pointer.newest_version(self._redis, self.run_id)
+        if newest is None or (self.version is not None and newest <= self.version):
+            return
+        if newest == self._refused and time.monotonic() < self._again_at:
+            return
+        try:
+            weights = await pointer.newest(self._redis, self.run_id)
+        except ValidationError as error:
+            return self._refuse(newest, f"redis holds no valid weight version: {error}")
+        if weights is not None:
+            await self._take(weights)
+
+    async def _take(self, weights: WeightVersion) -> None:
+        started, directory = time.monotonic(), Path(weights.location)
+        if weights.transport != "disk":
+            return self._refuse(weights.id, f"transport {weights.transport!r} is not known here, only 'disk'")
+        from services.weights import disk
+
+        try:
+            await asyncio.to_thread(disk.verify, directory, weights.manifest)
+        except disk.DamagedWeights as error:
+            if await pointer.newest_version(self._redis, self.run_id) == weights.id:  # else it is gone for good reason
+                self._refuse(weights.id, str(error))
+            return
+        loading = asyncio.ensure_future(self.load(weights.id, directory))
+        try:
+            await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            # Half a load is worse than none: stopping waits for it.
+            await asyncio.wait([loading])
+            raise
+        except Exception as error:
+            log.exception("%s: loading weights %s failed", self.replica, weights.id)
+            return self._refuse(weights.id, f"loading failed: {error!r}")
+        self.version, self._refused, self._attempts, self.refusal = weights.id, None, 0, ""
+        seconds = time.monotonic() - started
+        VERSION.labels(self.service).set(weights.version)
+        LINEAGE.labels(self.service).set(weights.lineage)
+        LOAD_SECONDS.labels(self.service).set(seconds)
+        log.info("%s: serving weights %s after %.2f s", self.replica, weights.id, seconds)
+        async with self._changed:
+            self._changed.notify_all()
+        await self._beat()
+
+    def _refuse(self, version: Version, reason: str) -> None:
+        self._attempts = self._attempts + 1 if version == self._refused else 1
+        pause = min(LONGEST_PAUSE_SECONDS, 2.0 ** (self._attempts - 1))
+        self._refused, self._again_at = version, time.monotonic() + pause
+        self.refusal = f"weights {version} refused: {reason}"
+        REFUSED.labels(self.service).inc()
+        log.error("%s: %s; still serving %s", self.replica, self.refusal, self.version or "the base model")
+
+    async def _beat(self) -> None:
+        beat = pointer.Heartbeat(
+            replica=self.replica, service=self.service, url=self.url, version=self.version, at=time.time()
+        )
+        await pointer.beat(self._redis, self.run_id, beat)
+
+    async def _report(self) -> None:
+        while True:
+            try:
+                await self._beat()
+            except PASSING as error:
+                log.debug("%s: no heartbeat: %s", self.replica, error)
+            await asyncio.sleep(BEAT_SECONDS)

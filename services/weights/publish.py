@@ -1,0 +1,111 @@
+"""The trainer's side: write a version's files, make them durable, and only then let redis name it the newest."""
+
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from prometheus_client import Gauge
+from redis import Redis
+
+from services.contract import Version, WeightVersion
+from services.redis import insist_sync
+from services.weights import disk, pointer
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+FOLDER = re.compile(r"^(\d+)-(\d+)$")
+
+PUBLISHED = Gauge("rlif_weight_published_version", "Newest version this trainer published", ["run"])
+SECONDS = Gauge("rlif_weight_publish_seconds", "Time the newest publication took", ["run"])
+
+
+class Superseded(Exception):
+    """Redis names this version or a newer one: this trainer is outlived, or repeats itself."""
+
+
+class Publisher:
+    """Publishes the versions of one run as folders `<lineage>-<version>` under `directory` and keeps the `keep` newest.
+
+    Used by one process (rank 0). `patience_seconds` is how long it outlasts a redis that is away. Raises ValueError:
+    `keep` below 1.
+    """
+
+    def __init__(self, redis: Redis, run_id: str, directory: Path, keep: int = 3, patience_seconds: float = 300.0):
+        if keep < 1:
+            raise ValueError(f"keep {keep}: at least the newest version has to stay")
+        self.redis, self.run_id, self.keep, self.patience_seconds = redis, run_id, keep, patience_seconds
+        self.directory = Path(directory).resolve()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._clean()
+
+    def publish(
+        self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]], config_dir: Path | None = None
+    ) -> WeightVersion:
+        """Publish (name, tensor) pairs, which are consumed as they are written, as `version`.
+
+        `config_dir` is a Hugging Face folder whose configuration and tokenizer files make the published folder a
+        loadable model. Raises Superseded (before anything is written, or when it became so meanwhile), OSError from the
+        disk, and services.redis.DeadlineExceeded.
+        """
+        started = time.monotonic()
+        self._check_newer(version)
+        target = self.directory / f"{version.lineage}-{version.version}"
+        draft = target.with_name(target.name + ".tmp")
+        for leftover in (draft, target):  # of a publication that never reached the pointer
+            shutil.rmtree(leftover, ignore_errors=True)
+        draft.mkdir()
+        manifest = disk.write_tensors(draft, tensors)
+        if config_dir is not None:
+            disk.copy_config(Path(config_dir), draft, manifest)
+        weights = WeightVersion(
+            run_id=self.run_id,
+            lineage=version.lineage,
+            version=version.version,
+            transport="disk",
+            location=str(target),
+            manifest=manifest,
+            created_at=time.time(),
+        )
+        (draft / "manifest.json").write_text(weights.model_dump_json(indent=1))
+        disk.sync(draft / "manifest.json")
+        disk.sync(draft)
+        draft.rename(target)
+        disk.sync(self.directory)
+        if not self._insist(lambda: pointer.advance(self.redis, weights), f"publish weights {version}"):
+            shutil.rmtree(target)
+            raise Superseded(
+                f"run {self.run_id}: weights {version} are outdated, a newer version was published meanwhile"
+            )
+        self._clean()
+        PUBLISHED.labels(self.run_id).set(version.version)
+        SECONDS.labels(self.run_id).set(time.monotonic() - started)
+        log.info("run %s: published weights %s in %.2f s", self.run_id, version, time.monotonic() - started)
+        return weights
+
+    def _insist(self, call: Callable[[], Result], what: str) -> Result:
+        return insist_sync(call, f"run {self.run_id}: {what}", self.patience_seconds)
+
+    def _check_newer(self, version: Version) -> None:
+        newest = self._insist(lambda: pointer.newest_version_sync(self.redis, self.run_id), "read the newest version")
+        if newest is not None and newest >= version:
+            raise Superseded(f"run {self.run_id}: weights {version} are not newer than {newest}, published before")
+
+    def _clean(self) -> None:
+        """Delete drafts and all but the newest versions."""
+        folders = []
+        for folder in self.directory.iterdir():
+            match = FOLDER.match(folder.name.removesuffix(".tmp"))
+            if match and folder.name.endswith(".tmp"):
+                log.info("run %s: removing %s, which was never finished", self.run_id, folder.name)
+                shutil.rmtree(folder, ignore_errors=True)
+            elif match:
+                folders.append(((int(match[1]), int(match[2])), folder))
+        for _, folder in sorted(folders)[: -self.keep]:
+            shutil.rmtree(folder, ignore_errors=True)
