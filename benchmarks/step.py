@@ -64,7 +64,7 @@ def run_rlif(folder: Path, steps: int, staleness: int, threads: int) -> list[flo
     command = [sys.executable, "-m", "services.cli.main", "up", str(path)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in (folder / f"rlif-{staleness}" / "steps.jsonl").read_text().splitlines()]
-    return [later["time"] - earlier["time"] for earlier, later in zip(records, records[1:], strict=False)]
+    return [record["seconds"]["total"] for record in records[1:]]
 
 
 TRL_ARM = """

@@ -40,7 +40,8 @@ def describe(step: dict[str, Any], steps: int, seconds_left: float | None) -> st
     for key in sorted(key for key in step if key.startswith("components.")):
         parts.append(f"{key.removeprefix('components.')} {step[key]:.3f}")
     parts.append(f"length {step['completion_length']:.1f}")
-    parts.append(f"kl {step['kl']:.4f}")
+    if step["kl"] is not None:
+        parts.append(f"kl {step['kl']:.4f}")
     parts.append(f"{step['tokens_per_second']:,.0f} tok/s")
     parts.append(f"staleness {step['staleness_mean']:.1f}")
     if seconds_left is not None:

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from services import recipe
+from services.http import Problem
 from services.recipe import Recipe, RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="Look at a recipe before it runs.")
@@ -19,13 +20,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 def check_rewards(chosen: Recipe) -> None:
     """Raises RecipeError when a reward or its parameters are unknown to the reward server of this installation."""
-    from reward_server.specs import check_spec, named_spec
+    from reward_server.specs import MemoryStore, Specs
 
     try:
-        spec = chosen.spec or named_spec(str(chosen.rewards))
-        check_spec(spec)
-    except ValueError as error:
-        raise RecipeError(f"rewards: {error}") from error
+        Specs(MemoryStore(), chosen.spec or str(chosen.rewards), has_scorer=True)
+    except Problem as problem:
+        raise RecipeError(f"{problem.field}: {problem.detail}") from problem
 
 
 def facts(chosen: Recipe) -> dict[str, object]:
