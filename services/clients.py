@@ -1,4 +1,4 @@
-"""Clients of the rollout and reward servers: msgpack both ways, kept-open connections, deadlines, retries, clear errors.
+"""Clients of the rollout and reward servers: msgpack both ways, open connections, deadlines, retries, clear errors.
 
 Every call here may be repeated safely (generation and scoring are idempotent by `group_id`), so each is retried with
 jittered backoff when the server cannot be reached or says 429, 502 or 503, within `retry_seconds` and the deadline. Any
@@ -120,6 +120,7 @@ class ServiceClient:
     """One server. `retry_seconds` is how long transient failures are retried; 0 raises the first.
 
     `token` is sent as bearer token; `admin_token` instead of it on calls that change the server's state.
+    Raises ValueError: `url` is not an http(s) URL.
     """
 
     def __init__(
@@ -130,6 +131,12 @@ class ServiceClient:
         retry_seconds: float = 60.0,
         deadline_seconds: float = 600.0,
     ):
+        try:
+            valid = httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
+        except httpx.InvalidURL:
+            valid = False
+        if not valid or "[" in url and "]" not in url:
+            raise ValueError(f"{url!r} is not a server's URL: write it as http://host:port")
         self.url = url.rstrip("/")
         self.token, self.admin_token = token, admin_token
         self.retry_seconds, self.deadline_seconds = retry_seconds, deadline_seconds
@@ -197,8 +204,6 @@ class ServiceClient:
             raise DeadlinePassed(url, f"no answer within {seconds:g} s", "deadline") from error
         except httpx.TransportError as error:
             raise Unavailable(url, str(error) or type(error).__name__, "connection") from error
-        except httpx.InvalidURL as error:
-            raise Refused(url, 400, "Not a URL", str(error), []) from error
         return self._read(response, url, answer, seconds)
 
     def _read(self, response: httpx.Response, url: str, answer: type[Answer], seconds: float) -> Answer:
@@ -211,7 +216,9 @@ class ServiceClient:
             except ValidationError as error:
                 fault = error.errors(include_url=False)[0]
                 where = ".".join(str(part) for part in fault["loc"])
-                raise ServerFault(url, f"the answer is not what was asked for: {where}: {fault['msg']}", "answer") from error
+                raise ServerFault(
+                    url, f"the answer is not what was asked for: {where}: {fault['msg']}", "answer"
+                ) from error
             except ValueError as error:
                 raise ServerFault(url, f"the answer cannot be read: {error}", "answer") from error
         title, detail, errors = _problem(response)
@@ -236,16 +243,14 @@ class ServiceClient:
 class RolloutClient(ServiceClient):
     """Asks a rollout server for groups of completions."""
 
-    async def rollouts(
-        self, requests: list[RolloutRequest], deadline_seconds: float | None = None
-    ) -> RolloutsResponse:
+    async def rollouts(self, requests: list[RolloutRequest], deadline_seconds: float | None = None) -> RolloutsResponse:
         """One group for each request, in their order. Raises ServerFault when the answer is for other requests."""
         body = RolloutsRequest(requests=requests)
         response = await self.call("POST", "/v1/rollouts", RolloutsResponse, body, deadline_seconds)
         asked = [(request.group_id, request.n) for request in requests]
         given = [(group.group_id, len(group.completions)) for group in response.groups]
         if given != asked:
-            raise ServerFault(self.url, f"asked for groups {asked:.300}, got {given:.300}", "answer")
+            raise ServerFault(self.url, f"asked for groups {asked}, got {given}"[:600], "answer")
         return response
 
 

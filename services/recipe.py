@@ -174,8 +174,10 @@ class Queue(Section):
 
 
 class Tracking(Section):
+    """The trainer serves Prometheus metrics on `metrics_port`, the orchestrator on the next one (none: nobody does)."""
+
     tensorboard: bool = True
-    metrics_port: int | None = Field(None, ge=1, le=65535)
+    metrics_port: int | None = Field(None, ge=1, le=65534)
 
 
 class Recipe(Section):

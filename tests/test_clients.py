@@ -42,7 +42,7 @@ from services.spec import RewardSpec
 
 
 class Behaviour:
-    """What the server does next, and what it saw."""
+    """What the server does next (answers to give, or seconds to hang), and what it saw."""
 
     def __init__(self):
         self.failures: list[Response | float] = []
@@ -63,10 +63,8 @@ def make_app(behaviour: Behaviour, settings: http.HttpSettings) -> FastAPI:
         behaviour.seen.append(dict(request.headers))
         behaviour.ports.add(request.client.port)
         if behaviour.failures and not request.url.path.startswith("/v1/model"):
-            failure = behaviour.failures.pop(0)
-            if isinstance(failure, Response):
-                return failure
-            await asyncio.sleep(failure)
+            if isinstance(behaviour.failures[0], Response):
+                return behaviour.failures.pop(0)
         return await call_next(request)
 
     @app.get("/v1/model")
@@ -75,11 +73,12 @@ def make_app(behaviour: Behaviour, settings: http.HttpSettings) -> FastAPI:
 
     @app.post("/v1/rollouts")
     async def rollouts(body: RolloutsRequest) -> RolloutsResponse:
+        if behaviour.failures:
+            await asyncio.sleep(behaviour.failures.pop(0))
+        counts = [6 if r.n == 7 else r.n for r in body.requests]
         groups = [
-            RolloutGroup(
-                group_id=r.group_id, prompt_token_ids=[1, 2], completions=[completion(n) for n in range(max(1, r.n - (r.n == 7)))]
-            )
-            for r in body.requests
+            RolloutGroup(group_id=r.group_id, prompt_token_ids=[1, 2], completions=[completion(k) for k in range(n)])
+            for r, n in zip(body.requests, counts, strict=True)
         ]
         return RolloutsResponse(groups=groups, model=behaviour.model, weight_version=Version(lineage=1, version=4))
 
@@ -89,7 +88,10 @@ def make_app(behaviour: Behaviour, settings: http.HttpSettings) -> FastAPI:
             raise http.Problem(422, "Unknown spec", "there is no spec 'unknown'", field="spec")
         score = CompletionScore(components={"r": Score.of(0.5)}, reward=0.5, advantage=0.0, valid=True)
         return RewardsResponse(
-            groups=[GroupScores(group_id=g.group_id, scores=[score for _ in g.completions], spec_id="s") for g in body.groups]
+            groups=[
+                GroupScores(group_id=g.group_id, scores=[score for _ in g.completions], spec_id="s")
+                for g in body.groups
+            ]
         )
 
     @app.post("/v1/score")
@@ -98,11 +100,11 @@ def make_app(behaviour: Behaviour, settings: http.HttpSettings) -> FastAPI:
         return ScoreResponse(results=[result for _ in body.items], model="m", weight_version=Version(), vocab_size=288)
 
     @app.put("/v1/specs/{name}")
-    async def put_spec(name: str, spec: RewardSpec, _: http.Admin) -> dict:
+    async def put_spec(name: str, spec: RewardSpec, _: None = http.require_admin) -> dict:
         return {"name": name, "spec_id": spec.spec_id}
 
     @app.delete("/v1/specs/{name}", status_code=204)
-    async def delete_spec(name: str, _: http.Admin) -> None:
+    async def delete_spec(name: str, _: None = http.require_admin) -> None:
         assert name
 
     return app
@@ -226,7 +228,7 @@ async def test_the_retry_budget_ends(behaviour):
 async def test_a_hanging_server_does_not_outlast_the_deadline(behaviour):
     url, server = behaviour
     async with RolloutClient(url, "api") as client:
-        server.failures = [30.0]  # inside the gate: the server itself answers 504
+        server.failures = [30.0]
         with pytest.raises(DeadlinePassed, match="v1/rollouts"):
             await client.rollouts([request()], deadline_seconds=0.3)
         assert len(server.seen) == 1, "a call whose deadline passed is not tried again"
@@ -237,7 +239,8 @@ async def test_a_hanging_server_does_not_outlast_the_deadline(behaviour):
 
 
 async def test_dropped_connections_are_retried():
-    answer = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 13\r\nConnection: close\r\n\r\n{"model":"m"}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 13\r\nConnection: close\r\n\r\n"
+    answer = head + b'{"model":"m"}'
     with dropping_server(2, answer) as (url, accepted):
         async with RewardClient(url) as client:
             assert await client.model() == {"model": "m"}
@@ -292,10 +295,10 @@ async def test_an_answer_to_another_question_is_a_fault(behaviour):
             await client.rollouts([request()])
 
 
-async def test_not_a_url():
-    async with RewardClient("http://[bad") as client:
-        with pytest.raises(Refused, match="Not a URL"):
-            await client.model()
+@pytest.mark.parametrize("url", ["http://[bad", "localhost:8100", "ftp://host", "", "http://"])
+def test_not_a_url(url):
+    with pytest.raises(ValueError, match="is not a server's URL: write it as http://host:port"):
+        RewardClient(url)
 
 
 def test_blocking_client(behaviour):

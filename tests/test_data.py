@@ -61,7 +61,9 @@ def test_a_row_becomes_a_task(tokenizer, jsonl):
 def test_formats_agree(tokenizer, jsonl, tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet", row_group_size=5)
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "folder"))
-    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])})
+    splits = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    )
     splits.save_to_disk(str(tmp_path / "splits"))
     paths = [jsonl, tmp_path / "rows.parquet", tmp_path / "folder", tmp_path / "splits"]
     first, *others = [load(tokenizer, path).tasks for path in paths]
@@ -165,8 +167,16 @@ def test_without_a_chat_template_prompts_are_plain(jsonl):
         ("[1]", {}, r"line 2: a row is a JSON object"),
         ('{"answer": "#### 1"}', {}, r"line 2: no field 'question'; it has 'answer'"),
         ('{"question": 5, "answer": "#### 1"}', {}, r"line 2: field 'question': is text \(got 5\)"),
-        ('{"question": "q", "answer": "none"}', {"answer_pattern": "#### (.+)"}, r"line 2: field 'answer': .*does not match"),
-        ('{"question": "q", "answer": "#### 1", "t": [{"input": 3}]}', {"tests": "t"}, r"line 2: field 't': tests.0.input"),
+        (
+            '{"question": "q", "answer": "none"}',
+            {"answer_pattern": "#### (.+)"},
+            r"line 2: field 'answer': .*does not match",
+        ),
+        (
+            '{"question": "q", "answer": "#### 1", "t": [{"input": 3}]}',
+            {"tests": "t"},
+            r"line 2: field 't': tests.0.input",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tokenizer, tmp_path, line, settings, message):

@@ -54,9 +54,7 @@ class Run:
         self.version += 1
 
 
-paces = st.builds(
-    Pace, steps=st.integers(1, 6), groups_per_step=st.integers(1, 5), max_staleness=st.integers(0, 3)
-)
+paces = st.builds(Pace, steps=st.integers(1, 6), groups_per_step=st.integers(1, 5), max_staleness=st.integers(0, 3))
 events = st.lists(
     st.one_of(
         st.tuples(st.just("admit"), st.integers(1, 8)),

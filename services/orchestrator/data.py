@@ -1,7 +1,7 @@
 """The run's tasks, in an order that is a pure function of the recipe: index -> task, so that resuming needs no state.
 
-Rows come from a JSONL or Parquet file, a folder that `datasets` saved, or a data set on the Hugging Face hub. Every row is
-read and checked before the first is used: a fault is named with file, row and field.
+Rows come from a JSONL or Parquet file, a folder that `datasets` saved, or a data set on the Hugging Face hub. Every
+row is read and checked before the first is used: a fault is named with file, row and field.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import orjson
 from pydantic import ValidationError
 
 from services.contract import Message, Reference, Task, group_id
+from services.http import StartupError
 from services.recipe import Data, Recipe
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ FILES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".pq": "par
 COUNT_BATCH = 1024
 
 
-class DataError(ValueError):
+class DataError(StartupError):
     """The data cannot be used as the recipe says; the message names the file, the row and the field."""
 
 
@@ -122,7 +123,9 @@ def _answer_pattern(data: Data) -> re.Pattern[str] | None:
     except re.error as error:
         raise DataError(f"data.answer_pattern: {data.answer_pattern!r} is not a regular expression: {error}") from error
     if pattern.groups != 1:
-        raise DataError(f"data.answer_pattern: {data.answer_pattern!r} needs exactly one group, it has {pattern.groups}")
+        raise DataError(
+            f"data.answer_pattern: {data.answer_pattern!r} needs exactly one group, it has {pattern.groups}"
+        )
     if data.fields.answer is None:
         raise DataError("data.answer_pattern: is of no use without data.fields.answer")
     return pattern
@@ -154,6 +157,7 @@ def _messages(row: dict[str, Any], data: Data) -> list[Message]:
             raise ValueError(f"is text (got {text!r:.80})")
         messages = [Message(role="user", content=text)]
     else:
+        assert data.fields.messages is not None
         given = row[data.fields.messages]
         if not isinstance(given, list) or not given:
             raise ValueError(f'is a list of {{"role", "content"}} (got {given!r:.80})')
@@ -168,13 +172,13 @@ def _messages(row: dict[str, Any], data: Data) -> list[Message]:
 def _task(row: dict[str, Any], data: Data, pattern: re.Pattern[str] | None, chat: bool) -> Task:
     """Raises ValueError with a message that starts with the field's name."""
     fields = data.fields
-    name = fields.prompt or fields.messages
+    name: str | None = fields.prompt or fields.messages
     try:
         messages = _messages(row, data)
         name = fields.answer
-        answer = _answer(row[name], pattern) if name else None
+        answer = _answer(row[fields.answer], pattern) if fields.answer else None
         name = fields.tests
-        tests = _tests(row[name]) if name else None
+        tests = _tests(row[fields.tests]) if fields.tests else None
         reference = None
         if answer is not None or tests is not None:
             reference = Reference.model_validate({"answer": answer, "tests": tests})
@@ -291,8 +295,8 @@ class TaskSource:
 def load(recipe: Recipe, tokenizer: Any = None) -> TaskSource:
     """Read, check and filter the recipe's data (`data.limit` rows of it).
 
-    With a chat template in the tokenizer, tasks are `messages` (a text prompt becomes the user's turn); without one they
-    are the plain `prompt`, the system prompt above it. Prompts longer than `data.max_prompt_tokens` are dropped.
+    With a chat template in the tokenizer, tasks are `messages` (a text prompt becomes the user's turn); without one
+    they are the plain `prompt`, the system prompt above it. Prompts longer than `data.max_prompt_tokens` are dropped.
     Raises DataError.
     """
     data = recipe.data
@@ -301,7 +305,9 @@ def load(recipe: Recipe, tokenizer: Any = None) -> TaskSource:
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)
     chat = tokenizer.chat_template is not None
     if not chat and data.fields.messages is not None:
-        raise DataError(f"data.fields.messages: the tokenizer of {recipe.model.path!r} has no chat template; use `prompt`")
+        raise DataError(
+            f"data.fields.messages: the tokenizer of {recipe.model.path!r} has no chat template; use `prompt`"
+        )
 
     def located() -> Iterator[tuple[str, Task]]:
         for number, (where, row) in enumerate(_rows(data)):

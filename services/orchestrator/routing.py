@@ -89,7 +89,7 @@ class Routes(Generic[Client]):
                     # A call may have run well for long before its server died: patience counts from the failure on.
                     failed, give_up = True, time.monotonic() + self.patience
                 elif time.monotonic() > give_up:
-                    raise
+                    raise self._exhausted(error) from error
             finally:
                 route.in_flight -= 1
                 async with self._changed:
@@ -108,20 +108,25 @@ class Routes(Generic[Client]):
                 return route
             if not awake:
                 if now > give_up:
-                    raise Unavailable(
-                        ", ".join(route.client.url for route in self.routes),
-                        f"no {self.service} server could be used for {self.patience:g} s: {self._reasons()}",
-                        "connection",
-                    )
+                    raise self._exhausted(error=None)
                 if now - self._reminded > REMIND_SECONDS:
                     self._reminded = now
-                    log.warning("waiting for a %s server (all %d failed): %s", self.service, len(self.routes), self._reasons())
+                    log.warning(
+                        "waiting for a %s server (all %d failed): %s", self.service, len(self.routes), self._reasons()
+                    )
             wake = min((route.rests_until for route in self.routes if route not in awake), default=now + 1.0)
             async with self._changed:
                 try:
                     await asyncio.wait_for(self._changed.wait(), max(0.005, wake - now))
                 except TimeoutError:
                     pass
+
+    def _exhausted(self, error: CallError | None) -> Unavailable:
+        urls = ", ".join(route.client.url for route in self.routes)
+        cause = error.cause if error else "connection"
+        return Unavailable(
+            urls, f"no {self.service} server could be used for {self.patience:g} s: {self._reasons()}", cause
+        )
 
     def _reasons(self) -> str:
         return "; ".join(str(route.last_error) for route in self.routes if route.last_error)

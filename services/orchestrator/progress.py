@@ -1,0 +1,223 @@
+"""What the orchestrator knows of the run (read from Redis as it changes), and what it tells of itself."""
+
+import asyncio
+import bisect
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import uvicorn
+from prometheus_client import Counter, Gauge, Histogram
+
+from services import http
+from services.contract import Group, ScoredGroup, Version
+from services.keys import Keys
+from services.queue import Depth, GroupQueue
+from services.redis import insist
+from services.weights.pointer import Heartbeat, heartbeats, newest_version
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = Gauge("rlif_orchestrator_groups_in_flight", "Groups being generated or scored")
+GROUPS = Counter("rlif_orchestrator_groups_total", "Groups by what became of them", ["outcome"])
+STALENESS = Histogram(
+    "rlif_orchestrator_staleness_versions",
+    "Weight versions published since the one that made a group, when it was pushed",
+    buckets=(0, 1, 2, 3, 4, 6, 8, 12, 16),
+)
+SECONDS = Histogram(
+    "rlif_orchestrator_call_seconds",
+    "Time of one call to a server, failing over included",
+    ["service"],
+    buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+)
+TOKENS = Counter("rlif_orchestrator_completion_tokens_total", "Completion tokens pushed")
+
+SPEED_SECONDS = 30.0
+"""Tokens per second are a mean over this long."""
+STATUS_SECONDS = 1.0
+
+
+def made_by(group: Group) -> Version:
+    """The oldest version that made any token of the group."""
+    return min(completion.weight_version for completion in group.completions)
+
+
+def newest_of(group: Group) -> Version:
+    """The newest version that made any token of the group."""
+    spans = (span.weight_version for completion in group.completions for span in completion.version_spans)
+    return max([*(completion.weight_version for completion in group.completions), *spans])
+
+
+@dataclass
+class Tally:
+    """What this process did. `buried_in_a_row` counts groups given up since the last one that was pushed."""
+
+    state: str = "starting"
+    pushed: int = 0
+    buried: int = 0
+    buried_in_a_row: int = 0
+    in_flight: int = 0
+    pushed_at: float = field(default_factory=time.monotonic)
+    _recent: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def note_pushed(self, group: ScoredGroup, version: Version) -> None:
+        tokens = sum(len(completion.token_ids) for completion in group.completions)
+        GROUPS.labels("pushed").inc()
+        TOKENS.inc(tokens)
+        STALENESS.observe(max(0, version.version - made_by(group).version))
+        self.pushed += 1
+        self.buried_in_a_row = 0
+        self.pushed_at = time.monotonic()
+        self._recent.append((self.pushed_at, tokens))
+
+    def note_in_flight(self, change: int) -> None:
+        self.in_flight += change
+        IN_FLIGHT.set(self.in_flight)
+
+    @property
+    def tokens_per_second(self) -> float:
+        now = time.monotonic()
+        while self._recent and self._recent[0][0] < now - SPEED_SECONDS:
+            self._recent.popleft()
+        return sum(tokens for _, tokens in self._recent) / SPEED_SECONDS
+
+
+class Watch:
+    """The run as Redis shows it: newest weights, lineage, queue, dead groups, followers, the trainer's status.
+
+    `wake` is set whenever it looked, so that its owner looks too. Before the first publication `version` is none.
+    """
+
+    def __init__(self, redis: Any, queue: GroupQueue, poll_seconds: float, tally: Tally, wake: asyncio.Event):
+        self.redis, self.queue, self.tally, self.wake = redis, queue, tally, wake
+        self.keys = Keys(queue.run_id)
+        self.poll_seconds = poll_seconds
+        self.version: Version | None = None
+        self.version_at = time.monotonic()
+        self.lineage = 0
+        self.depth = Depth(0, 0, 0, 0.0)
+        self.dead: list[int] = []
+        self.followers: list[Heartbeat] = []
+        self.trainer: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {}
+        self._dead_count = -1
+        self._told = self._heard = 0.0
+
+    def dead_below(self, index: int) -> int:
+        return bisect.bisect_left(self.dead, index)
+
+    async def refresh(self) -> None:
+        """Read everything once. Raises DeadlineExceeded: Redis stayed away."""
+        run_id = self.keys.run_id
+        newest, lineage, trainer, self.followers = await insist(
+            self._read, f"run {run_id}: follow the run", self.queue.patience_seconds
+        )
+        if newest is not None and newest != self.version:
+            log.info("weights %s are published", newest)
+            self.version, self.version_at = newest, time.monotonic()
+        self.lineage = max(int(lineage or 0), self.version.lineage if self.version else 0)
+        self.trainer = orjson.loads(trainer) if trainer else {}
+        self.depth = await self.queue.depth()
+        if self.depth.dead != self._dead_count:
+            self._dead_count = self.depth.dead
+            self.dead = sorted({group.index for group in await self.queue.dead()})
+        self._heard = time.monotonic()
+        self.wake.set()
+
+    async def _read(self) -> tuple[Version | None, Any, Any, list[Heartbeat]]:
+        run_id = self.keys.run_id
+        return (
+            await newest_version(self.redis, run_id),
+            await self.redis.get(self.keys.lineage),
+            await self.redis.hget(self.keys.status, "trainer"),
+            await heartbeats(self.redis, run_id),
+        )
+
+    async def tell(self, at_once: bool = False) -> None:
+        """Write the status into Redis, unless that was done within STATUS_SECONDS."""
+        if not at_once and time.monotonic() - self._told < STATUS_SECONDS:
+            return
+        self._told = time.monotonic()
+        status = orjson.dumps(self.status())
+
+        async def write() -> Any:
+            return await self.redis.hset(self.keys.status, "orchestrator", status)
+
+        await insist(write, f"run {self.keys.run_id}: write the status", self.queue.patience_seconds)
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "state": self.tally.state,
+            "pid": os.getpid(),
+            "at": time.time(),
+            "weight_version": str(self.version) if self.version else None,
+            "groups_pushed": self.tally.pushed,
+            "groups_buried": self.tally.buried,
+            "groups_in_flight": self.tally.in_flight,
+            "tokens_per_second": round(self.tally.tokens_per_second, 1),
+            "queue": {"queued": self.depth.queued, "pending": self.depth.pending, "dead": self.depth.dead},
+            "followers": {beat.replica: str(beat.version) if beat.version else None for beat in self.followers},
+            **self.extra,
+        }
+
+    def ready(self) -> dict[str, str]:
+        """For readiness probes: whom the orchestrator still waits for."""
+        weights = "ok" if self.version else "the trainer has not published its first weights"
+        silent = time.monotonic() - self._heard
+        return {"weights": weights, "redis": "ok" if silent < 10 else f"no answer for {silent:.0f} s"}
+
+    async def follow(self) -> None:
+        """Keep up until cancelled: news of weights wake it at once, everything else is polled."""
+        async with self.redis.pubsub() as news:
+            while True:
+                await insist(
+                    lambda: _listen(news, self.keys.weights_news, self.poll_seconds),
+                    f"run {self.keys.run_id}: wait for news of weights",
+                    self.queue.patience_seconds,
+                )
+                await self.refresh()
+                await self.tell()
+
+
+async def _listen(news: Any, channel: str, seconds: float) -> None:
+    if not news.subscribed:
+        await news.subscribe(channel)
+    await news.get_message(ignore_subscribe_messages=True, timeout=seconds)
+
+
+@contextmanager
+def serving_status(
+    port: int, status: Callable[[], dict[str, Any]], ready: Callable[[], dict[str, str]]
+) -> Iterator[int]:
+    """Health, metrics and `GET /v1/status` on `port` (0: any free one, yielded), in a thread beside the event loop.
+
+    Listens beyond loopback when RLIF_API_TOKEN is set. Raises StartupError when the port is taken.
+    """
+    host = "0.0.0.0" if os.environ.get("RLIF_API_TOKEN") else "127.0.0.1"
+    app = http.create_app("orchestrator", "0.1.0", http.settings_from_environment(host), ready)
+
+    @app.get("/v1/status", tags=["run"])
+    async def run_status() -> dict[str, Any]:
+        """Groups pushed and in flight, speed, queue, versions of the followers."""
+        return status()
+
+    bound = http.listen(host, port)
+    # In a thread uvicorn leaves the process's signals alone.
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="status", daemon=True)
+    thread.start()
+    log.info("status and metrics on http://%s:%d", host, bound.getsockname()[1])
+    try:
+        yield bound.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        bound.close()

@@ -1,0 +1,226 @@
+"""The orchestrator: tasks to rollouts to rewards to the queue, as many at once as staleness allows.
+
+It keeps no state of its own. What was pushed or buried is in Redis, which task has which index follows from the recipe;
+so it may be killed at any time, and on its next start makes only what is missing.
+"""
+
+import asyncio
+import logging
+import signal
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import orjson
+
+from services.clients import CallError
+from services.http import StartupError
+from services.keys import Keys
+from services.orchestrator import data
+from services.orchestrator.chunk import Chunk, Desk, RunFailed, finish
+from services.orchestrator.pacing import Pace
+from services.orchestrator.progress import Tally, Watch, serving_status
+from services.orchestrator.servers import Servers
+from services.queue import GroupQueue
+from services.recipe import Recipe
+from services.redis import DeadlineExceeded, connect, wait_for_redis
+
+log = logging.getLogger(__name__)
+
+REDIS_SECONDS = 120.0
+DRAIN_SECONDS = 10.0
+REMIND_SECONDS = 30.0
+
+
+def main(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str) -> int:
+    """Run until the trainer is done. Returns an exit code: 0 done, 1 failed, 130 or 143 stopped by a signal.
+
+    Raises StartupError for what no restart mends: unusable data, servers that do not fit, a spec they refuse.
+    """
+    try:
+        return asyncio.run(_orchestrate(recipe, rollout_urls, reward_urls, redis_url))
+    except (RunFailed, CallError, DeadlineExceeded) as error:
+        log.error("the orchestrator gives up: %s", error)
+        return 1
+
+
+async def _orchestrate(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str) -> int:
+    wake = asyncio.Event()
+    stops: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        stops.append(number)
+        wake.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+
+    source = await asyncio.to_thread(data.load, recipe)
+    tally = Tally()
+    try:
+        redis: Any = connect(redis_url)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+    try:
+        await wait_for_redis(redis, REDIS_SECONDS)
+        queue = GroupQueue(redis, recipe.run.name, recipe.queue.max_deliveries)
+        watch = Watch(redis, queue, recipe.weights.poll_seconds, tally, wake)
+        spec_id = recipe.spec.spec_id if recipe.spec else None
+        watch.extra = {"recipe_spec_id": spec_id, "started_at": time.time()}
+        changed = await _spec_of_last_start(redis, recipe.run.name) != spec_id
+        servers = Servers(recipe, rollout_urls, reward_urls, changed)
+        pace = Pace(recipe.trainer.steps, recipe.trainer.groups_per_step, recipe.pacing.max_staleness)
+        desk = Desk(recipe, source, pace, queue, servers, watch, tally)
+        with ExitStack() as stack:
+            if recipe.tracking.metrics_port is not None:
+                # The recipe's port itself is the trainer's.
+                stack.enter_context(serving_status(recipe.tracking.metrics_port + 1, watch.status, watch.ready))
+            try:
+                return await Loop(desk, wake, stops).run()
+            finally:
+                await servers.close()
+    finally:
+        await redis.aclose()
+
+
+async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
+    status = await redis.hget(Keys(run_id).status, "orchestrator")
+    return orjson.loads(status).get("recipe_spec_id") if status else None
+
+
+class Loop:
+    """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet."""
+
+    def __init__(self, desk: Desk, wake: asyncio.Event, stops: list[signal.Signals]):
+        self.desk, self.wake, self.stops = desk, wake, stops
+        self.cursor = 0
+        self.seen: set[str] = set()
+        self.running: dict[asyncio.Task[None], Chunk] = {}
+        self.reminded = time.monotonic()
+
+    async def run(self) -> int:
+        """Returns the exit code."""
+        desk = self.desk
+        self.seen = await desk.queue.seen()
+        if self.seen:
+            log.info("%d groups were pushed or given up before this start", len(self.seen))
+        await desk.watch.refresh()
+        follower = asyncio.create_task(desk.watch.follow())
+        follower.add_done_callback(lambda _: self.wake.set())
+        probes = [
+            asyncio.create_task(routes.call(_nothing)) for routes in (desk.servers.rollouts, desk.servers.rewards)
+        ]
+        for probe in probes:
+            probe.add_done_callback(lambda _: self.wake.set())
+        try:
+            while True:
+                self.wake.clear()
+                for task in [follower, *probes, *self.running]:
+                    if task.done():
+                        await task
+                        self.running.pop(task, None)
+                if self.stops:
+                    return await self._drain()
+                if self._is_over():
+                    log.info("training is over after %s", desk.watch.version)
+                    desk.tally.state = "finished"
+                    return 0
+                if all(probe.done() for probe in probes):
+                    self._admit()
+                self._look_for_a_stall()
+                await self.wake.wait()
+        except (RunFailed, CallError, DeadlineExceeded, StartupError) as error:
+            desk.tally.state = "failed"
+            desk.watch.extra["reason"] = str(error)
+            raise
+        finally:
+            tasks = [follower, *probes, *self.running]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._last_status()
+
+    def _admit(self) -> None:
+        desk = self.desk
+        while desk.watch.version is not None and len(self.running) < desk.recipe.pacing.max_requests_in_flight:
+            chunk = self._next_chunk()
+            if chunk is None:
+                break
+            task = asyncio.create_task(finish(chunk, desk))
+            task.add_done_callback(lambda _: self.wake.set())
+            self.running[task] = chunk
+        desk.tally.state = "running" if desk.watch.version is not None else "waiting for the trainer's first weights"
+
+    def _next_chunk(self) -> Chunk | None:
+        """The next groups to make, cut where `groups_per_request` or the capacity ends."""
+        desk = self.desk
+        assert desk.watch.version is not None
+        size, version = desk.recipe.rollout.groups_per_request, desk.watch.version.version
+        while True:
+            oldest = min((chunk.floor for chunk in self.running.values()), default=None)
+            first = self.cursor
+            end = (first // size + 1) * size
+            while self.cursor < end and self.cursor < desk.pace.capacity(
+                version, oldest, desk.watch.dead_below(self.cursor)
+            ):
+                self.cursor += 1
+            if self.cursor == first:
+                return None
+            ids = {index: desk.source.group_id(index) for index in range(first, self.cursor)}
+            missing = [index for index, group_id in ids.items() if group_id not in self.seen]
+            if not missing:
+                continue
+            if desk.recipe.run.deterministic:
+                # The same batch as the first time; the queue drops what it has. Only the dead stay out of it.
+                missing = [index for index in ids if index not in desk.watch.dead]
+            return Chunk(missing, floor=version)
+
+    def _is_over(self) -> bool:
+        watch = self.desk.watch
+        said = watch.trainer.get("state") == "done" and watch.trainer.get("at", 0) > watch.extra["started_at"]
+        if watch.version is None or watch.version.version < self.desk.pace.steps:
+            return said
+        # An empty queue after the last step means that a durable checkpoint holds all of it.
+        return said or watch.depth.queued + watch.depth.pending == 0
+
+    def _look_for_a_stall(self) -> None:
+        """Raises RunFailed when the trainer has all it may get and publishes nothing for too long."""
+        watch, limit = self.desk.watch, self.desk.recipe.trainer.batch_deadline_seconds
+        now = time.monotonic()
+        busy = any(not chunk.waiting for chunk in self.running.values())
+        quiet = now - max(watch.version_at, self.desk.tally.pushed_at)
+        if busy or quiet < REMIND_SECONDS:
+            return
+        newest = f"weights newer than {watch.version}" if watch.version else "its first weights"
+        depth = f"{watch.depth.queued} groups queued, {watch.depth.pending} being trained"
+        if quiet > limit:
+            raise RunFailed(f"the trainer did not publish {newest} within {limit:g} s ({depth})")
+        if now - self.reminded > REMIND_SECONDS:
+            self.reminded = now
+            log.info("waiting for the trainer to publish %s: %.0f s so far, %s", newest, quiet, depth)
+
+    async def _drain(self) -> int:
+        """Let what is at the servers finish for a while; what is dropped will be made again."""
+        number = self.stops[0]
+        self.desk.tally.state = "stopping"
+        log.info("%s: %d requests may finish within %.0f s", number.name, len(self.running), DRAIN_SECONDS)
+        ends = time.monotonic() + DRAIN_SECONDS
+        while True:
+            busy = [task for task, chunk in self.running.items() if not chunk.waiting and not task.done()]
+            left = ends - time.monotonic()
+            if not busy or left <= 0 or len(self.stops) > 1:
+                return 128 + number
+            await asyncio.wait(busy, timeout=min(left, 0.2), return_when=asyncio.ALL_COMPLETED)
+
+    async def _last_status(self) -> None:
+        watch = self.desk.watch
+        try:
+            async with asyncio.timeout(2):
+                await watch.tell(at_once=True)
+        except (TimeoutError, DeadlineExceeded):
+            log.warning("the last status could not be written to redis")
+
+
+async def _nothing(_: object) -> None:
+    """A call that only has its server prepared."""
