@@ -1,13 +1,14 @@
 """From the raw scores of one group to one reward and one advantage a completion.
 
-The terms of a spec form *units*: with `normalize_then_sum` every term is a unit of its own, except that the terms of one
-`bundle` are one unit together; with `sum_then_normalize` all terms are one unit. A unit of one term is normalised inside
-its group and then weighted; a unit of several is weighted, summed raw, and then normalised. Units are added.
+The terms of a spec form *units*. With `normalize_then_sum` every term is a unit: it is normalised inside its group,
+then weighted. The terms of one `bundle`, and with `sum_then_normalize` all terms, are one unit together: they are weighted,
+summed raw, and the sum is normalised. The units are added.
 
-Missing scores (outcome `timeout`, `error`, ...) never count as 0. A unit's statistics are taken over the completions that
-have a score; a completion without one gets the neutral contribution 0 from that unit. In a raw sum the neutral
-stand-in for a missing score is the mean of that reward in the group (so that it neither lifts nor lowers the completion).
-A completion is valid when at least one reward with a non-zero weight has a value for it.
+Missing scores (outcome `timeout`, `error`, ...) never count as 0. A unit's statistics are taken over the completions
+that have a score; a completion without one gets the neutral contribution 0 from that unit. In a raw sum the neutral
+stand-in for a missing score is the mean of that reward in the group, so that it neither lifts nor lowers the
+completion (with `normalize: none`, where there is no group to speak of, it is left out of the sum). A completion is
+valid when at least one reward with a non-zero weight has a value for it.
 
 Sums are exactly rounded (`math.fsum`), so the order of the completions changes no bit of the result.
 """
@@ -26,9 +27,15 @@ def _clip(value: float) -> float:
     return max(-LIMIT, min(LIMIT, value))
 
 
+def _scale(values: Sequence[float]) -> float:
+    """A power of two near the largest magnitude: dividing by it rounds nothing and keeps sums and squares in range."""
+    largest = max(abs(value) for value in values)
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 1.0
+
+
 def _group_std(values: Sequence[float], eps: float) -> list[float]:
-    scale = max(abs(value) for value in values)
-    scaled = [value / scale for value in values]  # squares of extreme values would overflow
+    scale = _scale(values)
+    scaled = [value / scale for value in values]
     mean = math.fsum(scaled) / len(scaled)
     std = math.sqrt(math.fsum((value - mean) ** 2 for value in scaled) / (len(scaled) - 1))
     spread = std + eps / scale
@@ -36,7 +43,7 @@ def _group_std(values: Sequence[float], eps: float) -> list[float]:
 
 
 def _deviations(values: Sequence[float]) -> list[float]:
-    scale = max(abs(value) for value in values)
+    scale = _scale(values)
     mean = math.fsum(value / scale for value in values) / len(values)
     return [_clip((value / scale - mean) * scale) for value in values]
 
@@ -83,7 +90,7 @@ def _raw_sum(
         present = [value for value in column if value is not None]
         if not present:
             continue
-        scale = max(abs(value) for value in present) or 1.0
+        scale = _scale(present)
         neutral = math.fsum(value / scale for value in present) / len(present) * scale if impute else 0.0
         parts.append([_clip(term.weight * (neutral if value is None else value)) for value in column])
     any_present = [any(columns[term.key][place] is not None for term in terms) for place in range(size)]
@@ -107,7 +114,9 @@ def advantages(spec: RewardSpec, columns: dict[str, list[float | None]], size: i
     for unit in _units(terms, combine):
         raw_sum = combine.order == "sum_then_normalize" or unit[0].bundle is not None
         if raw_sum:
-            column = normalize(_raw_sum(unit, columns, combine.normalize != "none", size), combine.normalize, combine.eps)
+            column = normalize(
+                _raw_sum(unit, columns, combine.normalize != "none", size), combine.normalize, combine.eps
+            )
             weight = 1.0
         else:
             column = normalize(columns[unit[0].key], combine.normalize, combine.eps)

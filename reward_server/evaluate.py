@@ -11,7 +11,7 @@ from prometheus_client import Counter, Histogram
 from reward_server.combine import combine_scores
 from reward_server.reward import Context, Params
 from reward_server.rewards import REWARDS
-from reward_server.specs import check_spec, is_routed
+from reward_server.specs import SpecError, check_spec, is_routed
 from reward_server.workers import Turn, WorkerPool
 from services.api import RewardGroup
 from services.contract import GroupScores, Outcome, Score
@@ -33,10 +33,11 @@ MAX_TEXT = 1_000_000
 
 @dataclass(frozen=True)
 class Means:
-    """What the rewards work with: verifier processes, and the scorer service where there is a model."""
+    """What the rewards work with: verifier processes, and where there is a model, its scorer service and encoder."""
 
     workers: WorkerPool
     scorer: Any = None
+    encoder: Any = None
 
 
 def check_groups(spec: RewardSpec, groups: list[RewardGroup]) -> None:
@@ -78,17 +79,18 @@ async def _term_scores(term: RewardTerm, params: Params, group: RewardGroup, con
 async def score_groups(spec: RewardSpec, groups: list[RewardGroup], means: Means, deadline: float) -> list[GroupScores]:
     """Scores of each group, in order; verdicts still out at `deadline` (time.monotonic()) are `timeout`.
 
-    Raises Problem when the request cannot be scored as a whole (see `check_groups`, `specs.check_spec`).
+    Raises Problem when the request cannot be scored as a whole (see `check_groups`).
     """
-    params = check_spec(spec, means.scorer is not None)
+    try:
+        params = check_spec(spec, means.scorer is not None)
+    except SpecError as error:
+        raise Problem(422, "The spec cannot be computed here", str(error), "spec") from error
     check_groups(spec, groups)
     turn = Turn()
 
-    async def one(group: RewardGroup) -> GroupScores:
-        context = Context(means.workers, deadline, turn, means.scorer)
-        columns = await asyncio.gather(
-            *(_term_scores(term, params[term.key], group, context) for term in spec.rewards)
-        )
+    async def one(place: int, group: RewardGroup) -> GroupScores:
+        context = Context(means.workers, deadline, turn, f"groups[{place}]", means.scorer, means.encoder)
+        columns = await asyncio.gather(*(_term_scores(term, params[term.key], group, context) for term in spec.rewards))
         components = {term.key: scores for term, scores in zip(spec.rewards, columns, strict=True)}
         return GroupScores(
             group_id=group.group_id,
@@ -97,4 +99,4 @@ async def score_groups(spec: RewardSpec, groups: list[RewardGroup], means: Means
             scorer_weight_version=context.weight_version,
         )
 
-    return list(await asyncio.gather(*(one(group) for group in groups)))
+    return list(await asyncio.gather(*(one(place, group) for place, group in enumerate(groups))))

@@ -22,15 +22,24 @@ class Params(BaseModel):
 
 @dataclass
 class Context:
-    """What a reward may use while it scores one group. `deadline` is in time.monotonic() seconds."""
+    """What a reward may use while it scores one group.
+
+    `deadline` is in time.monotonic() seconds; `field` is where the request holds the group. `scorer` (a
+    reward_server.scorer.service.ScorerService) and `encoder` (a reward_server.encoding.Encoder) are there when the
+    server has a model.
+    """
 
     workers: WorkerPool
     deadline: float
     turn: Turn
+    field: str = "groups[0]"
     scorer: Any = None
-    """A reward_server.scorer.service.ScorerService; none when the server has no model."""
+    encoder: Any = None
     weight_version: Version | None = None
-    """Set by rewards that use the scorer: the version that made their scores."""
+
+    def scored_by(self, version: Version) -> None:
+        """Say which weights made a score; of several, the oldest stands for the group."""
+        self.weight_version = version if self.weight_version is None else min(version, self.weight_version)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,9 @@ class WorkerPool:
     `warm_up` are (check, payload) pairs that a new process runs before it is used, so that imports cost no check time.
     """
 
-    def __init__(self, workers: int, limits: Limits | None = None, warm_up: list[tuple[str, dict[str, Any]]] | None = None):
+    def __init__(
+        self, workers: int, limits: Limits | None = None, warm_up: list[tuple[str, dict[str, Any]]] | None = None
+    ):
         self.limits = limits or Limits()
         self.warm_up = warm_up or []
         self.fast, self.slow = _Lane("fast"), _Lane("slow")
@@ -184,6 +186,10 @@ class WorkerPool:
     def waiting(self) -> int:
         return self.fast.queue.qsize() + self.slow.queue.qsize()
 
+    @property
+    def is_full(self) -> bool:
+        return self.waiting >= self.limits.queue
+
     async def check(
         self, check: str, payload: dict[str, Any], deadline: float, turn: Turn, heavy: bool = False
     ) -> Verdict:
@@ -194,7 +200,7 @@ class WorkerPool:
         asked_at = time.monotonic()
         try:
             async with asyncio.timeout(max(0.0, deadline - asked_at)), turn.slots:
-                if self.waiting >= self.limits.queue:
+                if self.is_full:
                     return Verdict("error", 0.0, detail=f"the verifier queue is full ({self.limits.queue} checks wait)")
                 done: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
                 job = _Job({"check": check, "payload": payload}, deadline, done, asked_at)

@@ -1,9 +1,9 @@
 """`math_verify`: is the completion's last answer mathematically the reference answer?
 
 The answer is looked for boxed first (the last `\\boxed{}`), then after phrases such as "the answer is", then, unless
-`anchored`, as the last expression of the text. Bare boxes in one text are one answer together (the set of them), so that
-hedging does not pay. The work is done by the math-verify package in processes that can be
-killed: hostile answers (towers of powers, huge factorials, deep nesting) become `timeout` or `error`, never 0.
+`anchored`, as the last expression of the text. Bare boxes in one text are one answer together (the set of them), so
+that hedging does not pay. The work is done by the math-verify package in processes that can be killed: hostile answers
+(towers of powers, huge factorials, deep nesting) become `timeout` or `error`, never 0.
 """
 
 import asyncio

@@ -1,0 +1,256 @@
+"""The reward server: scores completions with a scorer model, with verifiable rewards, and with mixes of them."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request, Response
+
+from reward_server import compat, scoring
+from reward_server.encoding import Encoder
+from reward_server.evaluate import Means, score_groups
+from reward_server.rewards import REWARDS, math_verify
+from reward_server.spec_store import MemoryStore, RedisStore, Specs
+from reward_server.specs import SpecError, named_spec
+from reward_server.workers import WorkerPool
+from services.api import RewardGroup, RewardsRequest, RewardsResponse, ScoreRequest, ScoreResponse
+from services.contract import GroupScores
+from services.http import HttpSettings, Problem, StartupError, create_app, remaining_seconds, require_admin
+from services.spec import RewardSpec
+from services.weights.follow import Follower
+
+log = logging.getLogger(__name__)
+
+CALL_SECONDS = 300.0
+"""How long a call may take when its client names no deadline."""
+LONGEST_CALL_SECONDS = 86400.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Without `model` the rewards that need a scorer are unavailable. `default_spec` may name a built-in spec.
+
+    With `redis_url` and `run_id` the server follows that run's weights and keeps put specs there; `replica` is its name
+    there. `deterministic`: the last bits of a group's scores do not depend on what else was asked at the time.
+    """
+
+    http: HttpSettings = HttpSettings()
+    model: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int | None = None
+    trust_remote_code: bool = False
+    default_spec: RewardSpec | str | None = None
+    follow: Literal["online", "match", "frozen", "ema"] = "online"
+    ema_decay: float = 0.99
+    deterministic: bool = False
+    redis_url: str | None = None
+    run_id: str | None = None
+    replica: str = "reward"
+    poll_seconds: float = 0.2
+    max_batch_tokens: int = 16384
+    verifier_workers: int = 2
+
+
+def create(settings: Settings) -> FastAPI:
+    """The app, with its model loaded. Raises StartupError: the model or the default spec cannot be used."""
+    if settings.redis_url is not None and settings.run_id is None:
+        raise StartupError("following a run needs its name beside the Redis URL")
+    service = _scorer_service(settings)
+    specs = _specs(settings, service is not None)
+    workers = WorkerPool(settings.verifier_workers, warm_up=[math_verify.WARM_UP])
+    means = Means(workers, service, Encoder(service.scorer.tokenizer) if service else None)
+
+    def ready() -> dict[str, str]:
+        states = {"verifier": workers.state, "specs": specs.store.state()}
+        return {**states, "scorer": service.state()} if service else states
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        workers.start()
+        follower = _follower(settings, service)
+        if service:
+            await service.start()
+        if follower:
+            await follower.start()
+        watching = asyncio.create_task(specs.store.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            if follower:
+                await follower.stop()
+            if service:
+                await service.stop()
+            await workers.stop()
+            await specs.store.close()
+
+    app = create_app("reward", "0.1.0", settings.http, ready, lifespan, __doc__ or "")
+    _add_reward_routes(app, specs, means)
+    _add_spec_routes(app, specs)
+    _add_model_routes(app, settings, means)
+    return app
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------
+
+
+def _scorer_service(settings: Settings) -> Any:
+    """A ScorerService, or none without a model. Raises StartupError."""
+    if settings.model is None:
+        return None
+    try:
+        import torch
+
+        from reward_server.scorer.service import ScorerService
+        from reward_server.scorer.transformers import TransformersScorer
+    except ImportError as error:
+        raise StartupError(f"--model needs torch and transformers (pip install 'rlif[model]'): {error}") from error
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        scorer = TransformersScorer(
+            settings.model,
+            dtype=settings.dtype,
+            device=settings.device,
+            max_batch_tokens=settings.max_batch_tokens,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            ema_decay=settings.ema_decay if settings.follow == "ema" else None,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise StartupError(f"--model {settings.model}: {first_line}") from error
+    return ScorerService(scorer, settings.follow, settings.deterministic)
+
+
+def _specs(settings: Settings, has_scorer: bool) -> Specs:
+    given = settings.default_spec
+    try:
+        default = named_spec(given) if isinstance(given, str) else given
+        if settings.redis_url is not None and settings.run_id is not None:
+            return Specs(RedisStore(settings.redis_url, settings.run_id), default, has_scorer)
+        return Specs(MemoryStore(), default, has_scorer)
+    except SpecError as error:
+        raise StartupError(f"the default reward spec: {error}") from error
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
+def _follower(settings: Settings, service: Any) -> Follower | None:
+    if service is None or settings.follow == "frozen" or settings.redis_url is None or settings.run_id is None:
+        return None
+    return Follower(
+        redis_url=settings.redis_url,
+        run_id=settings.run_id,
+        replica=settings.replica,
+        service="reward",
+        url="",
+        load=service.load,
+        poll_seconds=settings.poll_seconds,
+    )
+
+
+# ---- routes ----------------------------------------------------------------------------------------------------
+
+
+def _seconds(request: Request) -> float:
+    """What the caller allows, less a margin in which the verdicts that are there can still be sent."""
+    if "x-deadline-seconds" not in request.headers:
+        return CALL_SECONDS
+    seconds = remaining_seconds(request, LONGEST_CALL_SECONDS)
+    return seconds - min(1.0, 0.1 * seconds)
+
+
+def _add_reward_routes(app: FastAPI, specs: Specs, means: Means) -> None:
+    async def score(name: str | None, groups: list[RewardGroup], request: Request) -> list[GroupScores]:
+        deadline = time.monotonic() + _seconds(request)
+        if means.workers.is_full:
+            raise Problem(429, "The verifier is busy", f"{means.workers.waiting} checks wait already", retry_after=2)
+        named = await specs.get(name, status=422)
+        return await score_groups(named.spec, groups, means, deadline)
+
+    @app.post("/v1/rewards", tags=["rewards"])
+    async def rewards(body: RewardsRequest, request: Request) -> RewardsResponse:
+        """Score groups by a spec: per completion the components with their outcomes, the reward and the advantage.
+
+        A verdict that is not there by the deadline has the outcome `timeout`; it is never a 0.
+        """
+        return RewardsResponse(groups=await score(body.spec, body.groups, request))
+
+    @app.get("/v1/rewards", tags=["rewards"])
+    async def list_rewards() -> dict[str, Any]:
+        """Every reward: what it needs, its parameters' JSON schema, its range, whether this server can compute it."""
+        found = []
+        for reward in REWARDS.values():
+            missing = reward.missing(means.scorer is not None)
+            found.append(
+                {
+                    "name": reward.name,
+                    "description": reward.description,
+                    "needs": list(reward.needs),
+                    "range": list(reward.range),
+                    "params": reward.params.model_json_schema(),
+                    "available": missing is None,
+                    "unavailable_because": missing,
+                }
+            )
+        return {"rewards": found}
+
+    app.include_router(compat.router(score))
+
+
+def _add_spec_routes(app: FastAPI, specs: Specs) -> None:
+    @app.get("/v1/specs", tags=["specs"])
+    async def list_specs() -> dict[str, Any]:
+        """Built-in specs (each reward, and the presets), the server's default, and those that were put."""
+        return {"specs": [item.describe() for item in await specs.all()]}
+
+    @app.get("/v1/specs/{name}", tags=["specs"])
+    async def get_spec(name: str) -> dict[str, Any]:
+        return (await specs.get(name)).describe()
+
+    @app.put("/v1/specs/{name}", tags=["specs"], dependencies=[require_admin])
+    async def put_spec(name: str, spec: RewardSpec) -> dict[str, Any]:
+        """Install or replace a spec, from the next request on. The name `default` steers requests that name none."""
+        return (await specs.put(name, spec)).describe()
+
+    @app.delete("/v1/specs/{name}", tags=["specs"], status_code=204, dependencies=[require_admin])
+    async def delete_spec(name: str) -> Response:
+        """Remove a spec that was put; `default` then is what the server was started with."""
+        await specs.delete(name)
+        return Response(status_code=204)
+
+
+def _add_model_routes(app: FastAPI, settings: Settings, means: Means) -> None:
+    def scorer_service() -> Any:
+        if means.scorer is None:
+            raise Problem(404, "No model", "this server was started without a scorer model")
+        return means.scorer
+
+    @app.get("/v1/model", tags=["scorer"])
+    async def model() -> dict[str, Any]:
+        service = scorer_service()
+        return {
+            "model": settings.model,
+            "weight_version": service.version.model_dump(),
+            "vocab_size": service.scorer.vocab_size,
+            "max_tokens": service.scorer.max_length,
+            "backend": "transformers",
+            "dtype": settings.dtype,
+            "device": str(service.scorer.device),
+            "follow": service.follow,
+        }
+
+    @app.post("/v1/score", tags=["scorer"], response_model_exclude_none=True)
+    async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
+        """Scorer metrics of completions given as text or token ids, all under the one weight version that is named."""
+        service = scorer_service()
+        assert means.encoder is not None and settings.model is not None
+        return await scoring.score(body, service, means.encoder, settings.model, _seconds(request))

@@ -1,0 +1,59 @@
+"""`POST /v1/score`: metrics of the scorer model for completions, without any reward around them."""
+
+import asyncio
+import math
+from typing import Any
+
+from reward_server.encoding import Encoder
+from services.api import ScoreRequest, ScoreResponse, ScoreResult
+from services.http import Problem
+
+
+def token_items(body: ScoreRequest, encoder: Encoder, check: Any) -> list[Any]:
+    """The scorer's items of a request; `check` is the scorer's own. Raises Problem (422) naming the field."""
+    from reward_server.scorer.metrics import METRICS
+    from reward_server.scorer.transformers import TokenItem
+
+    for place, name in enumerate(body.metrics):
+        if name not in METRICS:
+            detail = f"there is no metric {name!r}; known: {', '.join(METRICS)}"
+            raise Problem(422, "Unknown metric", detail, f"metrics[{place}]")
+    items = []
+    for place, item in enumerate(body.items):
+        prompt = encoder.prompt(f"items[{place}]", item.messages, item.prompt, item.prompt_token_ids)
+        completion = encoder.completion(item.completion, item.completion_token_ids)
+        made = TokenItem(prompt, completion, tuple(body.metrics), body.temperature, body.preset)
+        try:
+            check(made)
+        except ValueError as error:
+            field, _, message = str(error).partition(": ")
+            raise Problem(422, "The item cannot be scored", message, f"items[{place}].{field}") from error
+        items.append(made)
+    return items
+
+
+async def score(body: ScoreRequest, service: Any, encoder: Encoder, model: str, seconds: float) -> ScoreResponse:
+    """`service` is a ScorerService. Raises Problem: 422 bad item, 504 deadline passed, 500 the model failed."""
+    from reward_server.scorer.service import ScoringFailed
+
+    items = await asyncio.to_thread(token_items, body, encoder, service.scorer.check)
+    try:
+        scored = await service.score(items, body.min_weight_version, seconds)
+    except TimeoutError as error:
+        raise Problem(504, "The scorer did not answer in time", str(error)) from error
+    except ScoringFailed as error:
+        raise Problem(500, "The model could not score the items", str(error)) from error
+    results = []
+    for place, (item, found) in enumerate(zip(items, scored.results, strict=True)):
+        if not all(math.isfinite(value) for value in found.scores.values()):
+            raise Problem(
+                500, "The scores are not finite", f"the model's own logits are not: {found.scores}", f"items[{place}]"
+            )
+        result = ScoreResult(n_tokens=found.n_tokens, scores=found.scores)
+        if body.per_token:
+            result.per_token = {name: values.tolist() for name, values in found.per_token.items()}
+            result.tokens = encoder.pieces(item.completion_ids[: found.n_tokens])
+        results.append(result)
+    return ScoreResponse(
+        results=results, model=model, weight_version=scored.version, vocab_size=service.scorer.vocab_size
+    )

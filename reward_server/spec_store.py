@@ -1,0 +1,203 @@
+"""Reward specs by name while the server runs: what came with it, its default, and what was put.
+
+Put specs live in memory, or, when the server belongs to a run, in the run's Redis hash `specs`, where restarts and
+replicas find them. Every put raises the version of its name, also after a delete.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from reward_server.specs import BUILT_IN, SpecError, check_spec
+from services.http import Problem
+from services.keys import Keys
+from services.redis import DeadlineExceeded, connect, insist
+from services.spec import RewardSpec
+
+log = logging.getLogger(__name__)
+
+DEFAULT = "default"
+"""The name of the spec that a request without one is scored by. It can be put, so that a run can be steered."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+REDIS_SECONDS = 10.0
+
+
+class Store(Protocol):
+    """Entries are JSON objects {"version": int, "spec": {...} | null (deleted), "updated_at": unix seconds}."""
+
+    def state(self) -> str: ...
+    async def watch(self) -> None: ...
+    async def read(self, name: str) -> bytes | None: ...
+    async def read_all(self) -> dict[str, bytes]: ...
+    async def change(self, name: str, edit: Callable[[bytes | None], bytes]) -> None: ...
+    async def close(self) -> None: ...
+
+
+class MemoryStore:
+    def __init__(self) -> None:
+        self.entries: dict[str, bytes] = {}
+
+    def state(self) -> str:
+        return "ok"
+
+    async def watch(self) -> None:
+        pass
+
+    async def read(self, name: str) -> bytes | None:
+        return self.entries.get(name)
+
+    async def read_all(self) -> dict[str, bytes]:
+        return dict(self.entries)
+
+    async def change(self, name: str, edit: Callable[[bytes | None], bytes]) -> None:
+        self.entries[name] = edit(self.entries.get(name))
+
+    async def close(self) -> None:
+        pass
+
+
+class RedisStore:
+    """The hash `specs` of a run. Every operation waits for Redis for a while, then answers 503 (Problem)."""
+
+    def __init__(self, url: str, run_id: str):
+        """Raises ValueError for a URL that is none."""
+        self.client, self.key = connect(url), Keys(run_id).specs
+        self._trouble: str | None = None
+
+    def state(self) -> str:
+        return self._trouble or "ok"
+
+    async def read(self, name: str) -> bytes | None:
+        return await self._insist(lambda: self.client.hget(self.key, name))
+
+    async def read_all(self) -> dict[str, bytes]:
+        found = await self._insist(lambda: self.client.hgetall(self.key))
+        return {name.decode(): entry for name, entry in found.items()}
+
+    async def change(self, name: str, edit: Callable[[bytes | None], bytes]) -> None:
+        async def once() -> None:
+            async def swap(pipe: Any) -> None:
+                entry = edit(await pipe.hget(self.key, name))
+                pipe.multi()
+                pipe.hset(self.key, name, entry)
+
+            await self.client.transaction(swap, self.key)
+
+        await self._insist(once)
+
+    async def watch(self) -> None:
+        """Keep `state` true to the facts, for ever."""
+        while True:
+            try:
+                await self.client.ping()
+                self._trouble = None
+            except Exception as error:
+                self._trouble = f"redis does not answer: {error}"
+            await asyncio.sleep(1.0)
+
+    async def _insist(self, call: Callable[[], Any]) -> Any:
+        try:
+            return await insist(call, "reward specs", REDIS_SECONDS)
+        except DeadlineExceeded as error:
+            raise Problem(503, "The reward specs cannot be read", str(error), retry_after=2) from error
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+
+@dataclass(frozen=True)
+class NamedSpec:
+    """`version` counts the puts of the name; 0 for what came with the server."""
+
+    name: str
+    spec: RewardSpec
+    version: int = 0
+    updated_at: float | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "version": self.version,
+            "spec_id": self.spec.spec_id,
+            "built_in": self.version == 0,
+            "updated_at": self.updated_at,
+            "spec": self.spec.model_dump(mode="json"),
+        }
+
+
+class Specs:
+    """Names to specs. `default` is what the server was started with, if anything."""
+
+    def __init__(self, store: Store, default: RewardSpec | None, has_scorer: bool):
+        """Raises SpecError when the default cannot be computed here."""
+        self.store, self.has_scorer = store, has_scorer
+        self.built_in = BUILT_IN if default is None else {**BUILT_IN, DEFAULT: default}
+        if default is not None:
+            check_spec(default, has_scorer)
+
+    async def get(self, name: str | None, status: int = 404) -> NamedSpec:
+        """Raises Problem (`status`) for a name nobody knows, or when none was given and there is no default."""
+        wanted = name or DEFAULT
+        stored = _stored(wanted, await self.store.read(wanted))
+        if stored is not None:
+            return stored
+        if wanted in self.built_in:
+            return NamedSpec(wanted, self.built_in[wanted])
+        known = ", ".join(item.name for item in await self.all())
+        if name is None:
+            raise Problem(status, "A spec is needed", f"this server has no default spec; known: {known}", "spec")
+        raise Problem(status, "Unknown spec", f"there is no spec {name!r}; known: {known}", "spec")
+
+    async def all(self) -> list[NamedSpec]:
+        found = {name: NamedSpec(name, spec) for name, spec in self.built_in.items()}
+        for name, entry in (await self.store.read_all()).items():
+            stored = _stored(name, entry)
+            if stored is not None:
+                found[name] = stored
+        return list(found.values())
+
+    async def put(self, name: str, spec: RewardSpec) -> NamedSpec:
+        """Raises Problem: 409 for a built-in name, 422 for a bad name or a spec this server cannot compute."""
+        _check_name(name)
+        try:
+            check_spec(spec, self.has_scorer)
+        except SpecError as error:
+            raise Problem(422, "The reward spec is not valid", error.reason, error.field) from error
+        await self.store.change(name, lambda entry: _next_entry(entry, spec))
+        put = await self.get(name)
+        log.info("spec %s is now version %d, %s", name, put.version, put.spec.spec_id)
+        return put
+
+    async def delete(self, name: str) -> None:
+        """Raises Problem: 409 for a built-in name, 404 when there is nothing to delete."""
+        _check_name(name)
+        if _stored(name, await self.store.read(name)) is None:
+            raise Problem(404, "Unknown spec", f"no spec {name!r} was put", "name")
+        await self.store.change(name, lambda entry: _next_entry(entry, None))
+        log.info("spec %s was deleted", name)
+
+
+def _check_name(name: str) -> None:
+    if name in BUILT_IN:
+        raise Problem(409, "The spec is built in", f"{name!r} comes with the server; put another name", "name")
+    if not NAME.fullmatch(name):
+        raise Problem(422, "Bad name", f"letters, digits, `.`, `_` and `-`, at most 64 (got {name!r:.100})", "name")
+
+
+def _next_entry(before: bytes | None, spec: RewardSpec | None) -> bytes:
+    version = orjson.loads(before)["version"] + 1 if before else 1
+    body = None if spec is None else spec.model_dump(mode="json")
+    return orjson.dumps({"version": version, "spec": body, "updated_at": time.time()})
+
+
+def _stored(name: str, entry: bytes | None) -> NamedSpec | None:
+    fields = orjson.loads(entry) if entry else None
+    if fields is None or fields["spec"] is None:
+        return None
+    return NamedSpec(name, RewardSpec.model_validate(fields["spec"]), fields["version"], fields["updated_at"])
