@@ -37,9 +37,9 @@ class Evaluation(Figures):
     """Accuracies and shares from 0 to 1; self-certainty and entropy in nats per token, length in tokens (with EOS).
 
     All but `greedy_accuracy` come from `samples` completions of each problem drawn at temperature 1; means are over
-    completions. `sampled_error` and `greedy_error` are standard errors (of the mean over problems: the completions of
-    one problem are not independent). `surest_accuracy`: of each problem's samples, the one with the highest
-    self-certainty is taken.
+    completions, `entropy` over their tokens (as the trainer logs it). The errors are standard errors, of the mean over
+    problems, since the completions of one problem are not independent. `surest_accuracy`: of each problem's samples,
+    the one with the highest self-certainty is taken. `stopped`: the share that ended by itself.
     """
 
     problems: int
@@ -143,6 +143,7 @@ def measure(
     samples = len(sampled[0].completions)
     completions = [completion for group in sampled for completion in group.completions]
     texts = [completion.text for completion in completions]
+    lengths = [len(completion.token_ids) for completion in completions]
     right = [
         float(is_right(problem, completion.text))
         for problem, group in zip(problems, sampled, strict=True)
@@ -163,8 +164,9 @@ def measure(
         surest_accuracy=_mean(surest),
         surest_error=_standard_error(surest),
         self_certainty=_mean(certainty),
-        entropy=_mean([score["token_entropy"] for score in scores]),
-        length=_mean([float(len(completion.token_ids)) for completion in completions]),
+        entropy=sum(score["token_entropy"] * length for score, length in zip(scores, lengths, strict=True))
+        / sum(lengths),
+        length=_mean(lengths),
         stopped=_mean([float(completion.finish_reason == "stop") for completion in completions]),
         ways=_ways(texts, right, certainty),
         weight_version=min(completion.weight_version for completion in completions),

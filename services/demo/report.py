@@ -55,7 +55,8 @@ class Report(BaseModel):
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The surviving line of each step, in order: a restored trainer writes the steps after its checkpoint anew.
+    """The surviving line of each step, in order. A restored trainer goes on in a newer lineage from its checkpoint
+    (`start`), and what earlier lineages did after that step is lost.
 
     Raises ReportError when there is no step, or a line is not a step's record.
     """
@@ -67,14 +68,14 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            step, lineage = int(row["step"]), int(row["lineage"])
+            step, start, lineage = int(row["step"]), int(row["start"]), int(row["lineage"])
         except (ValueError, KeyError, TypeError) as error:
             # A trainer killed while writing leaves a torn last line, which the restored one writes anew.
             if number == len(lines) and surviving:
                 break
             raise ReportError(f"{path} line {number}: not the record of a step: {line[:80]!r}") from error
-        if step not in surviving or lineage >= surviving[step]["lineage"]:
-            surviving[step] = row
+        surviving = {done: old for done, old in surviving.items() if done <= start or old["lineage"] == lineage}
+        surviving[step] = row
     if not surviving:
         raise ReportError(f"{path}: holds no step")
     return [surviving[step] for step in sorted(surviving)]
@@ -202,8 +203,8 @@ def table(report: Report) -> Table:
 def plot(steps: list[dict[str, Any]], report: Report, path: Path) -> Path:
     """Accuracy on the training prompts, self-certainty, length, entropy and KL by step, as a PNG.
 
-    The dots at the left and right edge are the held-out figures before and after. Raises ReportError when a step's
-    record lacks one of the curves.
+    The dots at the left and right edge are the held-out figures before and after. A step without a value (no completion
+    could be scored) is a gap. Raises ReportError when no step has one.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -220,10 +221,10 @@ def plot(steps: list[dict[str, Any]], report: Report, path: Path) -> Path:
     panels = figure.subplots(len(CURVES), 1, sharex=True)
     numbers = [row["step"] for row in steps]
     for panel, (field, title, unit) in zip(panels, CURVES, strict=True):
-        try:
-            values = [row[field] * (100 if unit == "%" else 1) for row in steps]
-        except KeyError as error:
-            raise ReportError(f"steps.jsonl: a step has no {field!r}") from error
+        scale = 100 if unit == "%" else 1
+        values = [math.nan if row.get(field) is None else scale * row[field] for row in steps]
+        if all(map(math.isnan, values)):
+            raise ReportError(f"steps.jsonl: no step has {field!r}")
         panel.plot(numbers, values, color="#2f6f9f", linewidth=1.3)
         if field in ends:
             edges = (numbers[0] - 1, numbers[-1] + 1)
