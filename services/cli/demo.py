@@ -27,6 +27,12 @@ Steps = Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's w
 Problems = Annotated[int, typer.Option(help="Held-out problems to measure on.", min=1)]
 
 
+def _recipe(overrides: list[str]) -> recipe.Recipe:
+    if not RECIPE.exists():
+        raise StartupError(f"the demo needs a checkout of the project: there is no {RECIPE}")
+    return recipe.load(RECIPE, overrides)
+
+
 def _base_model(folder: Path, seed: int, console: Console) -> Path:
     """The base model of a seed; made once."""
     base = folder / f"base-{seed}"
@@ -54,9 +60,8 @@ def _evaluate(model: Path, problems: int, seed: int) -> Evaluation:
         serving("rollout", "--model", str(model), *one) as rollout_url,
         serving("reward", "--model", str(model), *one) as reward_url,
     ):
-        return asyncio.run(
-            evaluate(rollout_url, reward_url, problems, seed=seed, token=os.environ.get("RLIF_API_TOKEN"))
-        )
+        token = os.environ.get("RLIF_API_TOKEN")
+        return asyncio.run(evaluate(rollout_url, reward_url, problems, seed=seed, token=token))
 
 
 def _base_evaluation(base: Path, problems: int, seed: int) -> Evaluation:
@@ -78,7 +83,7 @@ def _fresh_run_dir(folder: Path, reward: Arm, seed: int) -> Path:
 def _check_arm(reward: str) -> Arm:
     if reward not in ARMS:
         raise StartupError(f"--reward {reward}: choose {', '.join(ARMS)}")
-    return reward  # type: ignore[return-value]
+    return reward
 
 
 def run_demo(reward: Arm, seed: int, folder: Path, steps: int | None, problems: int, console: Console) -> Report | int:
@@ -108,7 +113,7 @@ def run_demo(reward: Arm, seed: int, folder: Path, steps: int | None, problems: 
     ]
     overrides += [f"trainer.steps={steps}"] if steps else []
     trained_at = time.monotonic()
-    code = run_recipe(recipe.load(RECIPE, overrides), False, console)
+    code = run_recipe(_recipe(overrides), False, console)
     if code:
         return code
     seconds = time.monotonic() - trained_at

@@ -109,7 +109,7 @@ def score(
     from services.clients import BlockingRewardClient, CallError
 
     console = Console(stderr=as_json)
-    options = {
+    options: dict[str, Any] = {
         "metrics": metric or ["self_certainty"],
         "preset": preset,
         "temperature": temperature,
