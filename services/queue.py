@@ -61,7 +61,7 @@ FENCE = """
 local current = redis.call('GET', KEYS[1])
 if ARGV[1] ~= '' and current ~= ARGV[1] then return redis.error_reply('FENCED ' .. (current or 'none')) end
 """
-LEFT = FENCE + "return redis.call('XPENDING', KEYS[2], ARGV[2])[1]"
+PENDING = FENCE + "return redis.call('XPENDING', KEYS[2], ARGV[2])[1]"
 ACK = (
     FENCE
     + """
@@ -297,16 +297,23 @@ class GroupQueue:
             for entry_id in ids:
                 self._next.pop(entry_id, None)
 
-    async def _make_group(self) -> None:
+    async def _count_pending(self) -> int:
+        """Entries delivered and not acknowledged, whoever holds them; makes the consumer group where there is none."""
+        try:
+            return await self._script(PENDING, [self.keys.lineage, self.keys.groups], [self._fence, GROUP])
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
         try:
             await self.redis.xgroup_create(self.keys.groups, GROUP, id="0", mkstream=True)
         except ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
+        return 0
 
     async def _take_over(self) -> None:
         """Make `_next` every pending entry that the caller does not hold."""
-        await self._make_group()
+        await self._count_pending()  # raises Fenced
         pending, start = list[str](), "0-0"
         while True:
             found = await self.redis.xautoclaim(
@@ -323,14 +330,7 @@ class GroupQueue:
     async def _refill(self, count: int, wait_seconds: float) -> None:
         """Fill `_next`: with entries whose delivery got lost (an earlier consumer's, or an answer redis could not
         bring), else with at most `count` new ones, for which it waits."""
-        try:
-            pending = await self._script(LEFT, [self.keys.lineage, self.keys.groups], [self._fence, GROUP])
-        except ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            await self._make_group()
-            pending = 0
-        if pending != len(self._held):
+        if await self._count_pending() != len(self._held):
             await self._take_over()
         if self._next:
             return

@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import redis as redis_py
 from redis.asyncio import Redis as AsyncRedis
@@ -52,7 +52,7 @@ class DeadlineExceeded(Exception):
 def shown(url: str) -> str:
     """The URL without user, password and options, for logs and error messages."""
     parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _options() -> dict[str, Any]:
