@@ -14,8 +14,8 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-
 class Head:
     """logits = softcap(scale * (hidden @ weight.T + bias)), softcap(z) = cap * tanh(z / cap).
 
-    `weight` [V, H] holds the V rows that the model's config counts. `mean_weight` (float64 [H]) and `mean_bias` make the
-    mean logit a dot product: mean_j z_j = scale * (hidden . mean_weight + mean_bias), when there is no softcap.
+    `weight` [V, H] holds the V rows that the model's config counts. `mean_weight` (float64 [H]) and `mean_bias` make
+    the mean logit a dot product: mean_j z_j = scale * (hidden . mean_weight + mean_bias), when there is no softcap.
     """
 
     weight: torch.Tensor
@@ -28,11 +28,11 @@ class Head:
     @classmethod
     def of(
         cls, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0, softcap: float | None = None
-    ):
-        """Averages the rows in float64 over blocks that were summed in float32."""
+    ) -> "Head":
+        """Averages the rows in float64."""
         total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
         for block in weight.split(1024):
-            total += block.sum(0, dtype=torch.float32)
+            total += block.sum(0, dtype=torch.float64)
         mean_bias = 0.0 if bias is None else bias.double().mean().item()
         return cls(weight, total / weight.shape[0], bias, mean_bias, scale, softcap)
 
@@ -62,16 +62,19 @@ def head_of(model: Any) -> Head:
 
 def _scale(config: Any) -> float:
     """The factor on the logits: Granite divides, HyperCLOVA X, Cohere and Falcon-H1 multiply."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(
-        getattr(config, "lm_head_multiplier", None) or 1.0
-    )
-    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
-    return scale / scaling if config.model_type.startswith("granite") else scale * scaling
+
+    def factor(name: str) -> float:
+        value = getattr(config, name, None)
+        return 1.0 if value is None else float(value)
+
+    scaling = factor("logits_scaling")
+    scaling = 1 / scaling if config.model_type.startswith("granite") else scaling
+    return factor("logit_scale") * factor("lm_head_multiplier") * scaling
 
 
 @torch.inference_mode()
 def check_head(model: Any, decoder: Any, head: Head) -> None:
-    """Compare with the model's own logits on a few tokens, so that an unknown step after the head is refused, not missed.
+    """Compare with the model's own logits on a few tokens: an unknown step after the head is refused, not missed.
 
     Raises ValueError.
     """

@@ -208,7 +208,7 @@ def _bfloat16_products() -> Iterator[None]:
 
     The operands were widened from bfloat16, so nothing is rounded, and processors with bfloat16 units are ~4x faster.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

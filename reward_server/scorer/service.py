@@ -1,8 +1,8 @@
 """The scorer behind an asyncio front: concurrent requests share batches, weights change between batches.
 
-One thread owns the model. It works in rounds: a round takes whole waiting calls, oldest first, up to the token budget,
-and runs under one weight version; so a call's results all come from the version it names. New weights are read from disk
-beside the running rounds and swapped in between two of them.
+One thread owns the model. It works in rounds: a round takes whole waiting calls, oldest first, up to the token
+budget, and runs under one weight version; so a call's results all come from the version it names. New weights are read
+from disk beside the running rounds and swapped in between two of them.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from reward_server.scorer.transformers import ItemScores, TokenItem, TransformersScorer
 from services.contract import Version
+from services.redis import DeadlineExceeded
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class ScorerService:
         self.deterministic, self.stuck_seconds = deterministic, stuck_seconds
         self.version = scorer.version
         self._calls: deque[_Call] = deque()
+        self._running: list[_Call] = []
         self._arrived = asyncio.Event()
         self._loaded = asyncio.Condition()
         self._loading = asyncio.Lock()
@@ -89,11 +91,11 @@ class ScorerService:
         self._rounds = asyncio.create_task(self._run_rounds(), name="scorer rounds")
 
     async def stop(self) -> None:
-        """Ends the rounds; calls that still wait fail."""
+        """Ends the rounds; calls without an answer fail."""
         if self._rounds is not None:
             self._rounds.cancel()
             await asyncio.gather(self._rounds, return_exceptions=True)
-        for call in self._calls:
+        for call in [*self._running, *self._calls]:
             _fail(call, ScoringFailed("the scorer is shutting down"), "shutdown")
         self._calls.clear()
         self._thread.end()
@@ -114,7 +116,7 @@ class ScorerService:
         """Score items together, under one weight version.
 
         `min_weight_version` counts with `follow="match"` alone. Raises ValueError for a bad item (named `items[i]`),
-        TimeoutError when the deadline passes, saying what was waited for, ScoringFailed when the model fails.
+        DeadlineExceeded saying what was waited for, ScoringFailed when the model fails.
         """
         for number, item in enumerate(items):
             try:
@@ -124,6 +126,8 @@ class ScorerService:
         ends = time.monotonic() + deadline_seconds
         if self.follow == "match" and min_weight_version is not None:
             await self._at_least(min_weight_version, deadline_seconds)
+        if self.state() != "ok":
+            raise ScoringFailed(f"the scorer is not running: {self.state()}")
         call = _Call(items, sum(map(len, items)), asyncio.get_running_loop().create_future())
         self._calls.append(call)
         WAITING.set(len(self._calls))
@@ -133,7 +137,7 @@ class ScorerService:
                 return await call.answer
         except TimeoutError:
             FAILURES.labels("deadline").inc()
-            raise TimeoutError(
+            raise DeadlineExceeded(
                 f"scoring {len(items)} items ({call.tokens} tokens) took longer than {deadline_seconds:g} s "
                 f"({len(self._calls)} calls were waiting)"
             ) from None
@@ -147,16 +151,16 @@ class ScorerService:
                 await self._loaded.wait_for(lambda: self.version >= version)
         except TimeoutError:
             FAILURES.labels("version").inc()
-            raise TimeoutError(
+            raise DeadlineExceeded(
                 f"waited {deadline_seconds:g} s for weight version {version} from the trainer; {self.version} is served"
             ) from None
 
     async def _run_rounds(self) -> None:
         while True:
             await self._arrived.wait()
-            calls = self._next_round()
-            if calls:
-                await self._run_round(calls)
+            self._running = self._next_round()
+            if self._running:
+                await self._run_round(self._running)
             else:
                 self._arrived.clear()
 
@@ -219,7 +223,7 @@ class ScorerService:
             self._loaded.notify_all()
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        """Run on the model's thread, after what was handed to it before. Raises _Stuck and goes on with a new thread."""
+        """Run on the model's thread, in turn. Raises _Stuck when it takes too long, and goes on with a new thread."""
         thread = self._thread
         running = asyncio.wrap_future(thread.submit(work))
         try:

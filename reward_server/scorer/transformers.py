@@ -44,7 +44,7 @@ class TokenItem:
 
 @dataclass(frozen=True)
 class ItemScores:
-    """`n_tokens` tokens were scored; `per_token` holds float64 [n_tokens] by metric. Without tokens both dicts are empty.
+    """`n_tokens` tokens were scored; `per_token` holds float64 [n_tokens] by metric. Without tokens, no values.
 
     A value is NaN when the model's own logits are not finite.
     """
@@ -81,9 +81,8 @@ class TransformersScorer:
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.path, self.device, self.max_batch_tokens = path, torch.device(device), max_batch_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **source
-        )
+        model: Any = AutoModelForCausalLM
+        self.model = model.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **source)
         self.model.to(self.device).eval().requires_grad_(False)
         self.decoder = self.model.get_decoder()
         self.head: Head = head_of(self.model)
@@ -92,7 +91,7 @@ class TransformersScorer:
         self.vocab_size: int = config.vocab_size
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.eos_ids = _eos_ids(self.model, self.tokenizer)
-        self.version = Version()
+        self.version = Version(lineage=0, version=0)
         self.ema_decay = ema_decay
         self._average: dict[str, torch.Tensor] = {}
         if ema_decay is not None:
@@ -111,9 +110,7 @@ class TransformersScorer:
         if not item.temperature > 0:
             raise ValueError(f"temperature: must be positive (got {item.temperature})")
         if not len(item.prompt_ids):
-            raise ValueError(
-                "prompt: is empty, so nothing predicts the completion's first token; give at least a BOS token"
-            )
+            raise ValueError("prompt: is empty, so nothing predicts the completion's first token; give it a BOS token")
         if self.max_length is not None and len(item) > self.max_length:
             raise ValueError(f"item: {len(item)} tokens are more than the model's {self.max_length} positions")
         for name, ids in (("prompt_token_ids", item.prompt_ids), ("completion_token_ids", item.completion_ids)):
@@ -181,7 +178,7 @@ class TransformersScorer:
         for file in sorted(directory.glob("*.safetensors")):
             try:
                 with safe_open(file, "pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    for name in tensors.keys():
                         if name in own:
                             staged[name] = tensors.get_tensor(name)
                         elif name not in aliases:
@@ -225,7 +222,7 @@ class _Rows:
         self.temperature: list[float] = []
 
     def add(self, number: int, item: TokenItem, end: int) -> "_Span":
-        """Rows of sequence `number`: those that predict its first `end` completion tokens, those of the tokens, or both."""
+        """Rows of sequence `number` that predict its first `end` completion tokens, rows of the tokens, or both."""
         start = len(item.prompt_ids)
         own_rows = [item.preset == "open_r1" and METRICS[name].has_presets for name in item.metrics]
         shifted = self._extend(number, start - 1, item, end, item.temperature) if not all(own_rows) else None

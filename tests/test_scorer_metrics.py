@@ -1,0 +1,215 @@
+"""One pass over the vocabulary against the float64 oracle: fused pass and torch operators alike."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scoring_oracle import distribution_oracle
+
+from reward_server.scorer import fused
+from reward_server.scorer.head import Head
+from reward_server.scorer.metrics import METRICS, Statistics, Tile, tiled_statistics
+
+PATHS = {"fused": True, "torch": False}
+
+
+def make(rows=37, vocab=1003, width=64, dtype=torch.float32, seed=0, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator).to(dtype)
+    weight = (torch.randn(vocab, width, generator=generator) * spread).to(dtype)
+    return hidden, weight, torch.randint(0, vocab, (rows,), generator=generator)
+
+
+def check(statistics: Statistics, logits: torch.Tensor, chosen: torch.Tensor, rtol=1e-5):
+    """Within 1e-5 of the oracle, or within the rounding of the float32 logits where the true value is about 0."""
+    expected = distribution_oracle(logits, chosen)
+    close = {"rtol": rtol, "atol": 3e-7 * logits.abs().max().item()}
+    for preset, key in (("paper", "self_certainty"), ("verl", "raw_certainty")):
+        got = METRICS["self_certainty"].per_token(statistics, preset)
+        torch.testing.assert_close(got, expected[key], **close)
+    torch.testing.assert_close(statistics.entropy, expected["token_entropy"], **close)
+    torch.testing.assert_close(statistics.chosen_logprob, expected["logprob"], **close)
+
+
+@pytest.fixture(params=PATHS, ids=PATHS)
+def use_fused(request) -> bool:
+    if PATHS[request.param] and not fused.available(torch.zeros(1, 32), torch.zeros(1, 32)):
+        pytest.skip("no AVX-512 or no compiler here")
+    return PATHS[request.param]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1.0, 0.02], ids=["peaked", "near uniform"])
+def test_equals_the_oracle(use_fused, dtype, spread):
+    hidden, weight, chosen = make(dtype=dtype, spread=spread)
+    statistics = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    check(statistics, hidden.double() @ weight.double().T, chosen)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 15, 17, 511, 512, 513, 1537])
+@pytest.mark.parametrize("rows", [1, 63, 65])
+def test_any_number_of_rows_and_entries(use_fused, rows, vocab):
+    hidden, weight, chosen = make(rows, vocab, dtype=torch.bfloat16)
+    statistics = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    check(statistics, hidden.double() @ weight.double().T, chosen)
+
+
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(2, 300),
+    tile=st.builds(Tile, st.integers(1, 50), st.integers(1, 400)),
+    seed=st.integers(0, 1000),
+    temperature=st.floats(0.2, 5.0),
+)
+@settings(max_examples=40, deadline=None)
+def test_tile_sizes_and_temperatures(rows, vocab, tile, seed, temperature):
+    hidden, weight, chosen = make(rows, vocab, seed=seed)
+    statistics = tiled_statistics(hidden, Head.of(weight), chosen, temperature, tile=tile, use_fused=False)
+    check(statistics, hidden.double() @ weight.double().T / temperature, chosen)
+
+
+def test_a_temperature_for_each_row(use_fused):
+    hidden, weight, chosen = make()
+    temperatures = torch.linspace(0.3, 3.0, len(hidden), dtype=torch.float64)
+    statistics = tiled_statistics(hidden, Head.of(weight), chosen, temperatures, use_fused=use_fused)
+    check(statistics, hidden.double() @ weight.double().T / temperatures[:, None], chosen)
+
+
+def test_uniform_logits_give_zero(use_fused):
+    hidden, weight, chosen = make()
+    same = weight[:1].expand(700, -1).contiguous()
+    statistics = tiled_statistics(hidden, Head.of(same), chosen % 700, use_fused=use_fused)
+    certainty = METRICS["self_certainty"].per_token(statistics, "paper")
+    largest = (hidden @ same.T).abs().max().item()
+    assert 0 <= certainty.min() and certainty.max() < 3e-7 * largest  # what float32 logits of this size leave open
+    torch.testing.assert_close(statistics.entropy, torch.full_like(certainty, math.log(700)), rtol=1e-6, atol=0)
+    zeros = tiled_statistics(hidden, Head.of(torch.zeros_like(same)), use_fused=use_fused)
+    assert METRICS["self_certainty"].per_token(zeros, "paper").max() < 1e-7
+
+
+def test_a_constant_added_to_the_logits_changes_nothing(use_fused):
+    hidden, weight, chosen = make()
+    hidden[:, 0] = 1.0
+    moved = weight.clone()
+    moved[:, 0] += 50.0  # every logit of every row rises by 50
+    plain = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    raised = tiled_statistics(hidden, Head.of(moved), chosen, use_fused=use_fused)
+    assert torch.allclose(raised.lse, plain.lse + 50, rtol=1e-6)
+    for name, metric in METRICS.items():
+        torch.testing.assert_close(
+            metric.per_token(raised, "paper"), metric.per_token(plain, "paper"), rtol=2e-5, atol=2e-5, msg=name
+        )
+
+
+def test_permuting_the_vocabulary_changes_nothing(use_fused):
+    hidden, weight, chosen = make()
+    order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))
+    place = torch.argsort(order)
+    plain = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    mixed = tiled_statistics(hidden, Head.of(weight[order].contiguous()), place[chosen], use_fused=use_fused)
+    for name, metric in METRICS.items():
+        torch.testing.assert_close(
+            metric.per_token(mixed, "paper"), metric.per_token(plain, "paper"), rtol=1e-6, atol=1e-6, msg=name
+        )
+
+
+def test_bias_scale_and_softcap():
+    hidden, weight, chosen = make()
+    bias = torch.randn(len(weight), generator=torch.Generator().manual_seed(2))
+    logits = (hidden.double() @ weight.double().T + bias.double()) * 0.25
+    head = Head.of(weight, bias, scale=0.25)
+    check(tiled_statistics(hidden, head, chosen, 0.7), logits / 0.7, chosen)
+    capped = Head.of(weight, bias, scale=0.25, softcap=3.0)
+    check(tiled_statistics(hidden, capped, chosen, 0.7), 3.0 * torch.tanh(logits / 3.0) / 0.7, chosen)
+
+
+def test_scale_in_the_fused_pass(use_fused):
+    hidden, weight, chosen = make()
+    statistics = tiled_statistics(hidden, Head.of(weight, scale=0.125), chosen, use_fused=use_fused)
+    check(statistics, hidden.double() @ weight.double().T * 0.125, chosen)
+
+
+def test_very_large_logits(use_fused):
+    hidden, weight, chosen = make(spread=40.0)
+    statistics = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    check(statistics, hidden.double() @ weight.double().T, chosen)
+
+
+def test_logits_that_are_not_finite_stay_visible(use_fused):
+    hidden, weight, chosen = make()
+    hidden[3, 5] = math.nan
+    hidden[4, 5] = math.inf
+    statistics = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    certainty = METRICS["self_certainty"].per_token(statistics, "paper")
+    assert not torch.isfinite(certainty[3]) and not torch.isfinite(certainty[4])
+    assert torch.isfinite(certainty[:3]).all() and torch.isfinite(certainty[5:]).all()
+
+
+def test_equal_inputs_give_equal_bits(use_fused):
+    hidden, weight, chosen = make(dtype=torch.bfloat16)
+    head = Head.of(weight)
+    first, second = (tiled_statistics(hidden, head, chosen, use_fused=use_fused) for _ in range(2))
+    assert torch.equal(first.lse, second.lse) and torch.equal(first.entropy, second.entropy)
+
+
+def test_two_threads_agree_with_one(use_fused):
+    hidden, weight, chosen = make(vocab=5000)
+    head = Head.of(weight)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(tiled_statistics(hidden, head, chosen, use_fused=use_fused))
+    torch.set_num_threads(before)
+    torch.testing.assert_close(results[0].lse, results[1].lse, rtol=1e-7, atol=0)
+
+
+def test_what_is_not_asked_for_is_left_out(use_fused):
+    hidden, weight, _ = make()
+    statistics = tiled_statistics(hidden, Head.of(weight), entropy=False, use_fused=use_fused)
+    assert statistics.entropy is None and statistics.chosen_logprob is None
+
+
+def test_the_mean_row_is_that_of_float64():
+    _, weight, _ = make(vocab=4001, dtype=torch.bfloat16)
+    torch.testing.assert_close(Head.of(weight).mean_weight, weight.double().mean(0), rtol=1e-12, atol=1e-15)
+
+
+def test_bad_input_is_named():
+    hidden, weight, chosen = make()
+    with pytest.raises(ValueError, match=r"temperature: must be positive \(got 0"):
+        tiled_statistics(hidden, Head.of(weight), chosen, 0.0)
+    with pytest.raises(ValueError, match=r"hidden: \[T, 64\] needed"):
+        tiled_statistics(hidden[:, :10], Head.of(weight), chosen)
+    with pytest.raises(ValueError, match="use_fused"):
+        tiled_statistics(hidden, Head.of(weight, torch.zeros(len(weight))), chosen, use_fused=True)
+
+
+def test_without_a_compiler_the_torch_operators_score(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    hidden, weight, chosen = make()
+    fused._library.cache_clear()
+    try:
+        check(tiled_statistics(hidden, Head.of(weight), chosen), hidden.double() @ weight.double().T, chosen)
+    finally:
+        monkeypatch.undo()
+        fused._library.cache_clear()
+
+
+def test_the_compiled_pass_is_cached(use_fused, monkeypatch, tmp_path):
+    if not use_fused:
+        pytest.skip("about the fused pass")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fused._library.cache_clear()
+    try:
+        assert fused._library() is not None
+        (built,) = (tmp_path / "rlif").iterdir()
+        stamp = built.stat().st_mtime_ns
+        fused._library.cache_clear()
+        assert fused._library() is not None
+        assert [file.stat().st_mtime_ns for file in (tmp_path / "rlif").iterdir()] == [stamp]
+    finally:
+        monkeypatch.undo()
+        fused._library.cache_clear()
