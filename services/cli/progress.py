@@ -68,8 +68,8 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.live:
             self.live.stop()
-        if self.last:
-            self.console.print(Text(describe(self.last, self.steps, None)))
+            if self.last:
+                self.console.print(Text(describe(self.last, self.steps, None)))
 
     def _left(self, step: int) -> float | None:
         if self.first is None:
@@ -84,7 +84,8 @@ class Progress:
             if self.first is None or step["step"] < self.first[0]:
                 self.first = (step["step"], time.monotonic())
             if self.live is None and (step["step"] % self.every == 0 or step["step"] == self.steps):
-                self.console.print(Text(describe(step, self.steps, self._left(step["step"]))))
+                line = describe(step, self.steps, self._left(step["step"]))
+                self.console.print(Text(line), soft_wrap=True)
         if self.live is None:
             return
         elapsed = _clock(time.monotonic() - self.started)

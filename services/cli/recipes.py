@@ -8,7 +8,6 @@ import typer
 from rich.console import Console
 
 from services import recipe
-from services.http import Problem
 from services.recipe import Recipe, RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="Look at a recipe before it runs.")
@@ -20,12 +19,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 def check_rewards(chosen: Recipe) -> None:
     """Raises RecipeError when a reward or its parameters are unknown to the reward server of this installation."""
-    from reward_server.specs import MemoryStore, Specs
+    from reward_server.specs import SpecError, check_spec, named_spec
 
     try:
-        Specs(MemoryStore(), chosen.spec or str(chosen.rewards), has_scorer=True)
-    except Problem as problem:
-        raise RecipeError(f"{problem.field}: {problem.detail}") from problem
+        check_spec(chosen.spec or named_spec(str(chosen.rewards)))
+    except SpecError as error:
+        raise RecipeError(str(error)) from error
 
 
 def facts(chosen: Recipe) -> dict[str, object]:

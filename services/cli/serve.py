@@ -93,6 +93,7 @@ def reward(
             default_spec=chosen.spec or str(chosen.rewards),
             follow=chosen.scorer.follow,
             ema_decay=chosen.scorer.ema_decay,
+            deterministic=chosen.run.deterministic,
             redis_url=chosen.queue.url,
             run_id=chosen.run.name,
             replica=replica_name("reward", port),
