@@ -127,7 +127,10 @@ def plain_training(folder: Path, batches: list[list[ScoredGroup]], settings, lea
             group["lr"] = learning_rate(step, settings)
         optimizer.zero_grad()
         loss = objective(model, reference, groups, settings)
-        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if loss.requires_grad:
+            loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)))
         optimizer.step()
         losses.append(float(loss.detach()))

@@ -93,9 +93,9 @@ def sequences(groups: Sequence[ScoredGroup], vocab_size: int) -> Sequences:
 def deal(lengths: np.ndarray, ranks: int, budget: int) -> list[list[np.ndarray]]:
     """Which sequences go into which micro-batch: [rank][micro-batch] -> indices, the same number for every rank.
 
-    Longest first, each to the rank with the fewest tokens so far; then, on each rank, filled in that order up to `budget`
-    padded tokens (rows x longest). A sequence longer than the budget goes alone. Ranks that need fewer micro-batches get
-    empty ones, because every rank must take part in the same number of collectives.
+    Longest first, each to the rank with the fewest tokens so far; then, on each rank, filled in that order up to
+    `budget` padded tokens (rows x longest). A sequence longer than the budget goes alone. Ranks that need fewer
+    micro-batches get empty ones, because every rank must take part in the same number of collectives.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]
@@ -120,8 +120,8 @@ class MicroBatch:
     """One forward. R rows padded on the right to W tokens, T completion tokens in all.
 
     `input_ids` int64 [R, W]; `positions` int64 [T], into the flattened R*W rows: where the logits that produced a token
-    stand (one before it); `targets` int64 [T]; `rollout`, `advantages`, `temperatures`, `weights` float32 [T]. A weight is 0
-    only for the filler of an empty micro-batch.
+    stand (one before it); `targets` int64 [T]; `rollout`, `advantages`, `temperatures`, `weights` float32 [T]. A weight
+    is 0 only for the filler of an empty micro-batch.
     """
 
     input_ids: Tensor

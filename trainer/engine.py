@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ def check(recipe: Recipe) -> None:
     """Raises RecipeError for combinations that DeepSpeed would take and get wrong."""
     if recipe.model.dtype == "bfloat16" and recipe.trainer.zero_stage == 0:
         raise RecipeError(
-            "trainer.zero_stage: 0 does not go with model.dtype bfloat16 (DeepSpeed's Adam then starts one step ahead); "
-            "use zero_stage 1, 2 or 3, or model.dtype float32"
+            "trainer.zero_stage: 0 does not go with model.dtype bfloat16 (DeepSpeed's Adam then starts a step "
+            "ahead); use zero_stage 1, 2 or 3, or model.dtype float32"
         )
 
 
@@ -124,6 +125,8 @@ def _deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # Of DeepSpeed's own calls, at every collective.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Nothing is compatible, so nothing is compiled: with several CPU ranks DeepSpeed would otherwise build its
     # shared-memory collectives first (most of a minute, and it needs a C++ compiler); gloo does the same work.
     deepspeed.ops.__compatible_ops__ = {}

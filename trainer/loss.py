@@ -4,13 +4,13 @@ A step minimises J = sum over completion tokens t of w_t * l_t with
 
     l_t = -c_t * min(r_t * A, clip(r_t, 1 - clip_low, 1 + clip_high) * A) + beta * k3_t
 
-- r_t = exp(logp_t - old_t), the PPO ratio and its clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with
-  the group's advantage A as GRPO uses it (Shao et al. 2024, arXiv 2402.03300, eq. 3);
+- r_t = exp(logp_t - old_t), the PPO ratio and its clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7),
+  with the group's advantage A as GRPO uses it (Shao et al. 2024, arXiv 2402.03300, eq. 3);
 - c_t, the truncated importance weight from the rollout's policy to the trainer's (Yao et al. 2025, "Your efficient RL
   framework secretly brings you off-policy RL training"), a constant to the gradient;
 - k3_t, Schulman's estimator of KL(policy || reference) ("Approximating KL divergence", 2020);
-- w_t, from `token_weights`: with the weights fixed over the whole step, J and its gradient do not depend on how the tokens
-  are split into micro-batches and ranks.
+- w_t, from `token_weights`: with the weights fixed over the whole step, J and its gradient do not depend on how the
+  tokens are split into micro-batches and ranks.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from torch import Tensor
 Aggregation = Literal["per_sequence", "token_mean"]
 
 LOG_RATIO_BOUND = 20.0
-"""exp() of a difference of logprobs beyond this overflows the sums it goes into; e^20 is far outside any clip or cap."""
+"""exp() of larger differences of logprobs overflows the sums it goes into; e^20 is far outside any clip or cap."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ def token_losses(
 ) -> Terms:
     """l_t of every token; all inputs [T] float32 (or float64), `reference` none when there is no KL term.
 
-    A batch gets a single optimizer step, so the `recomputed` old logprobs are the policy's own, detached: r is 1 and its
-    gradient is that of logp. Against the `rollout`'s logprobs the ratio itself corrects, and no importance weight is due.
+    A batch gets a single optimizer step, so the `recomputed` old logprobs are the policy's own, detached: r is 1 and
+    its gradient is that of logp. Against the `rollout`'s logprobs the ratio itself corrects, and no importance weight
+    is due.
     """
     recomputed = old_logprobs == "recomputed"
     old = logprobs.detach() if recomputed else rollout

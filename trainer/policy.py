@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from services.recipe import Model, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TILE_ELEMENTS = 2**26
 """Logits held at a time: 256 MiB in float32."""
@@ -20,7 +24,7 @@ UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class Head(nn.Module):
     """Hidden states -> logprob and entropy per token, tile by tile through the LM head of `vocab_size` rows."""
 
-    def __init__(self, linear: nn.Module, vocab_size: int, tile_elements: int = TILE_ELEMENTS) -> None:
+    def __init__(self, linear: nn.Linear, vocab_size: int, tile_elements: int = TILE_ELEMENTS) -> None:
         super().__init__()
         # In a list, so that the layer stays a child of the language model alone.
         self.linear = [linear]
@@ -30,7 +34,7 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         linear = self.linear[0]
         weight = linear.weight[: self.vocab_size]
-        bias = None if getattr(linear, "bias", None) is None else linear.bias[: self.vocab_size]
+        bias = None if linear.bias is None else linear.bias[: self.vocab_size]
         if len(hidden) <= self.tile_rows:
             return _tile(hidden, weight, bias, targets, temperatures)
         tiles = [
@@ -61,11 +65,11 @@ class Policy(nn.Module):
     results, in nats, are of that distribution. Entropies carry no gradient.
     """
 
-    def __init__(self, model: nn.Module, tile_elements: int = TILE_ELEMENTS) -> None:
+    def __init__(self, model: "PreTrainedModel", tile_elements: int = TILE_ELEMENTS) -> None:
         super().__init__()
         self.model = model
-        self.vocab_size = model.config.vocab_size
-        self.head = Head(model.get_output_embeddings(), self.vocab_size, tile_elements)
+        self.vocab_size: int = model.config.vocab_size
+        self.head = Head(cast(nn.Linear, model.get_output_embeddings()), self.vocab_size, tile_elements)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, targets: Tensor, temperatures: Tensor
@@ -75,8 +79,7 @@ class Policy(nn.Module):
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
-        linear = self.head.linear[0]
-        return [p for p in (linear.weight, getattr(linear, "bias", None)) if p is not None]
+        return list(self.head.linear[0].parameters())
 
 
 def load(settings: Model, gradient_checkpointing: bool = False) -> Policy:
@@ -122,25 +125,21 @@ def save_files(settings: Model, directory: Path) -> None:
 
     where = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     config = AutoConfig.from_pretrained(settings.path, **where)
-    config.dtype = settings.dtype
-    if not config.architectures:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     AutoTokenizer.from_pretrained(settings.path, **where).save_pretrained(directory)
     try:
-        GenerationConfig.from_pretrained(settings.path, revision=settings.revision).save_pretrained(directory)
+        GenerationConfig.from_pretrained(settings.path, revision=settings.revision or "main").save_pretrained(directory)
     except OSError:
         # Many models come without generation settings; then there are none to pass on.
         pass
 
 
-def tensors(policy: nn.Module, partitioned: bool) -> Iterator[tuple[str, Tensor]]:
+def tensors(policy: Policy, partitioned: bool) -> Iterator[tuple[str, Tensor]]:
     """Every weight once, under its Hugging Face name, whole, on the CPU; tied weights under the first of their names.
 
-    `partitioned` (ZeRO stage 3): each tensor is gathered when its turn comes, so every rank must run the whole iteration.
+    `partitioned` (ZeRO stage 3): each tensor is gathered when its turn comes, so every rank must run the whole
+    iteration.
     """
     model = policy.model
     for name, parameter in model.named_parameters():

@@ -1,0 +1,113 @@
+"""Rank 0's side of the queue: a step's groups in, acknowledgements and the run's status out."""
+
+import asyncio
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from services.queue import Entry, GroupQueue
+from services.recipe import Recipe
+from services.redis import connect, insist
+
+log = logging.getLogger(__name__)
+
+STATUS_PATIENCE_SECONDS = 300.0
+
+
+class Feed:
+    """The run's queue for a synchronous caller. After SIGTERM or SIGINT (see `graceful`) `pull` returns none."""
+
+    def __init__(self, redis_url: str, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.runner = asyncio.Runner()
+        self.redis = connect(redis_url)
+        self.queue = GroupQueue(self.redis, recipe.run.name, max_deliveries=recipe.queue.max_deliveries)
+        self.started = time.monotonic()
+        self.stopping = False
+        self._waiting: asyncio.Task[Any] | None = None
+
+    def claim(self, at_least: int, consumed: Sequence[str]) -> int:
+        """Take the run over: a lineage of our own, and the entries an earlier trainer left."""
+        lineage = self.runner.run(self.queue.claim_lineage(at_least))
+        self.runner.run(self.queue.recover(set(consumed)))
+        return lineage
+
+    def pull(self) -> list[Entry] | None:
+        """One step's groups, by their place in the run's order; none when a signal asked to stop.
+
+        Raises DeadlineExceeded after `trainer.batch_deadline_seconds`.
+        """
+        try:
+            entries = self.runner.run(self._pull())
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            return None
+        return sorted(entries, key=lambda entry: entry.group.index) if entries is not None else None
+
+    async def _pull(self) -> list[Entry] | None:
+        trainer = self.recipe.trainer
+        self._waiting = asyncio.current_task()
+        try:
+            if self.stopping:
+                return None
+            return await self.queue.pull(trainer.groups_per_step, trainer.batch_deadline_seconds)
+        finally:
+            self._waiting = None
+
+    def begin(self, entries: Sequence[Entry]) -> None:
+        self.runner.run(self.queue.begin(entries))
+
+    def finish(self, entries: Sequence[Entry]) -> None:
+        self.runner.run(self.queue.finish(entries))
+
+    def ack(self, entry_ids: Sequence[str], lineage: int) -> None:
+        """Raises Fenced when another trainer has taken the run over."""
+        self.runner.run(self.queue.ack(entry_ids, lineage))
+
+    def report(self, state: str, step: int, lineage: int, tokens_per_second: float = 0.0) -> None:
+        """The trainer's field of the run's status hash, which console and command line read."""
+        status = {
+            "step": step,
+            "steps": self.recipe.trainer.steps,
+            "state": state,
+            "lineage": lineage,
+            "seconds": time.monotonic() - self.started,
+            "tokens_per_second": tokens_per_second,
+            "at": time.time(),
+        }
+
+        async def store() -> None:
+            await self.redis.hset(self.queue.keys.status, "trainer", json.dumps(status))
+
+        self.runner.run(insist(store, f"run {self.recipe.run.name}: status", STATUS_PATIENCE_SECONDS))
+
+    def stop(self, number: int, _frame: object) -> None:
+        log.info("%s: stopping after this step", signal.Signals(number).name)
+        self.stopping = True
+        if self._waiting is not None:
+            self._waiting.get_loop().call_soon_threadsafe(self._waiting.cancel)
+
+    def close(self) -> None:
+        self.runner.run(self.redis.aclose())
+        self.runner.close()
+
+
+@contextmanager
+def graceful(feed: Feed | None) -> Iterator[None]:
+    """Within, SIGTERM and SIGINT end the run after its step. Ranks without a feed ignore them: rank 0 tells them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = feed.stop if feed is not None else signal.SIG_IGN
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
