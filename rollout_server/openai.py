@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rollout_server.calls import CLIENT_GONE, ClientGone, measured, while_connected
 from rollout_server.engines.base import Prompt
 from rollout_server.engines.generation import Token
+from rollout_server.engines.stopping import cut
 from rollout_server.engines.transformers import TransformersEngine
 from rollout_server.prompts import encode
 from services.contract import Completion, Message, Sampling
@@ -282,7 +283,7 @@ class RunningText:
     """One choice's text as its tokens arrive: whole characters only, and nothing that may yet become a stop string."""
 
     def __init__(self, tokenizer: Any, stops: list[str]):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.stops = tokenizer, stops
         self.held = max((len(stop) for stop in stops), default=1) - 1
         self.token_ids: list[int] = []
         self.untold: list[Token] = []
@@ -295,6 +296,7 @@ class RunningText:
         text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
         if text.endswith("\ufffd"):
             return ""
+        text = cut(text, self.stops)
         new = text[self.sent : max(len(text) - self.held, self.sent)]
         self.sent += len(new)
         return new

