@@ -1,8 +1,8 @@
 """From the raw scores of one group to one reward and one advantage a completion.
 
 The terms of a spec form *units*. With `normalize_then_sum` every term is a unit: it is normalised inside its group,
-then weighted. The terms of one `bundle`, and with `sum_then_normalize` all terms, are one unit together: they are weighted,
-summed raw, and the sum is normalised. The units are added.
+then weighted. The terms of one `bundle`, and with `sum_then_normalize` all terms, are one unit together: they are
+weighted, summed raw, and the sum is normalised. The units are added.
 
 Missing scores (outcome `timeout`, `error`, ...) never count as 0. A unit's statistics are taken over the completions
 that have a score; a completion without one gets the neutral contribution 0 from that unit. In a raw sum the neutral
