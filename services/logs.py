@@ -38,5 +38,7 @@ def configure(level: str = "INFO") -> None:
     else:
         handler.setFormatter(_Text("%(asctime)s %(levelname)-7s %(name)s%(rid)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=os.environ.get("RLIF_LOG_LEVEL", level).upper(), handlers=[handler], force=True)
+    # Said at import on every machine without a GPU, by anything that loads transformers.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     for noisy in ("httpx", "httpcore", "uvicorn.error", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -39,6 +39,7 @@ def _base_model(folder: Path, seed: int, console: Console) -> Path:
     if (base / "config.json").exists():
         console.print(f"base model: {base} (made earlier)", highlight=False)
         return base
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # beside ours they only flicker
     from services.demo.base_model import STEPS, make_demo_model
 
     columns = (TextColumn("base model"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -187,6 +188,7 @@ def demo_model(
     """Make the demo's small base model as a Hugging Face folder (about a minute)."""
     if directory.exists() and any(directory.iterdir()):
         raise StartupError(f"{directory} is not empty")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from services.demo.base_model import STEPS, make_demo_model
 
     columns = (TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
