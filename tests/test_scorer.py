@@ -152,7 +152,7 @@ def test_bfloat16_scores_are_not_on_a_coarse_grid(folder, scorer):
         (TokenItem([5], [6], ()), "metrics"),
         (TokenItem([5], [6], preset="trl"), "preset: 'trl' is not one of paper, open_r1, verl"),
         (TokenItem([5], [6], temperature=0), "temperature: must be positive"),
-        (TokenItem([5] * 1000, [6] * 25), "1025 tokens are more than the model's 1024 positions"),
+        (TokenItem([5] * 1000, [6] * 25), "1025 tokens, more than the model's 1024 positions"),
     ],
 )
 def test_bad_items_are_named(scorer, item, message):

@@ -5,6 +5,7 @@ import logging
 import shutil
 import threading
 import time
+import uuid
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from reward_server.scorer.metrics import METRICS
 from reward_server.scorer.service import ScorerService, ScoringFailed
 from reward_server.scorer.transformers import TokenItem, TransformersScorer
 from services.contract import Version
-from services.redis import DeadlineExceeded
 
 ALL = tuple(METRICS)
 
@@ -178,7 +178,7 @@ async def test_match_waits_for_the_version(scorer, folders, start, caplog):
 
 async def test_match_gives_up_with_a_clear_error(scorer, start):
     service = await start(scorer, follow="match")
-    with pytest.raises(DeadlineExceeded, match=r"waited 0.05 s for weight version 0.7 from the trainer; 0.0 is served"):
+    with pytest.raises(TimeoutError, match=r"waited 0.05 s for weight version 0.7 from the trainer; 0.0 is served"):
         await service.score(items(1), min_weight_version=v(7), deadline_seconds=0.05)
     assert (await service.score(items(1))).version == v(0)
 
@@ -222,6 +222,35 @@ async def test_a_refused_version_leaves_the_old_one_serving(scorer, folders, sta
     assert after.version == v(0) and after.results[0].scores == before.results[0].scores
     await service.load(v(2), folders[2])
     assert (await service.score(items(2))).version == v(2)
+
+
+@pytest.mark.parametrize("follow", ["online", "match"])
+async def test_follows_what_a_trainer_publishes(scorer, folders, start, tmp_path, redis_url, follow):
+    """Real redis, real files: publisher -> follower -> the next round."""
+    from safetensors.torch import load_file
+
+    from services.redis import connect_sync
+    from services.weights.follow import Follower
+    from services.weights.publish import Publisher
+
+    run = uuid.uuid4().hex
+    service = await start(scorer, follow=follow)
+    follower = Follower(redis_url, run, "reward-0", "reward", "http://here", service.load, poll_seconds=0.05)
+    await follower.start()
+    try:
+        with connect_sync(redis_url) as redis:
+            publisher = Publisher(redis, run, tmp_path / "weights")
+            for step in (1, 2):
+                tensors = load_file(folders[step] / "model.safetensors")
+                await asyncio.to_thread(publisher.publish, v(step), tensors.items(), folders[step])
+                if follow == "online":
+                    await follower.at_least(v(step), 20)
+                answer = await service.score(items(3), min_weight_version=v(step), deadline_seconds=20)
+                fresh = TransformersScorer(str(folders[step]), "float32", "cpu").score(items(3))
+                assert answer.version == v(step)
+                assert [result.scores for result in answer.results] == [result.scores for result in fresh]
+    finally:
+        await follower.stop()
 
 
 async def test_a_bad_item_is_named_and_harms_nobody(scorer, start):
@@ -269,7 +298,7 @@ async def test_the_deadline_of_a_waiting_call(scorer, start, monkeypatch):
     service = await start(scorer)
     first = asyncio.create_task(service.score(items(1)))
     await until(entered.is_set)
-    with pytest.raises(DeadlineExceeded, match=r"scoring 2 items \(\d+ tokens\) took longer than 0.1 s"):
+    with pytest.raises(TimeoutError, match=r"scoring 2 items \(\d+ tokens\) took longer than 0.1 s"):
         await service.score(items(2), deadline_seconds=0.1)
     release.set()
     monkeypatch.undo()

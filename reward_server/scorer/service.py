@@ -21,7 +21,6 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from reward_server.scorer.transformers import ItemScores, TokenItem, TransformersScorer
 from services.contract import Version
-from services.redis import DeadlineExceeded
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ class ScorerService:
         """Score items together, under one weight version.
 
         `min_weight_version` counts with `follow="match"` alone. Raises ValueError for a bad item (named `items[i]`),
-        DeadlineExceeded saying what was waited for, ScoringFailed when the model fails.
+        TimeoutError saying what was waited for, ScoringFailed when the model fails.
         """
         for number, item in enumerate(items):
             try:
@@ -137,7 +136,7 @@ class ScorerService:
                 return await call.answer
         except TimeoutError:
             FAILURES.labels("deadline").inc()
-            raise DeadlineExceeded(
+            raise TimeoutError(
                 f"scoring {len(items)} items ({call.tokens} tokens) took longer than {deadline_seconds:g} s "
                 f"({len(self._calls)} calls were waiting)"
             ) from None
@@ -151,7 +150,7 @@ class ScorerService:
                 await self._loaded.wait_for(lambda: self.version >= version)
         except TimeoutError:
             FAILURES.labels("version").inc()
-            raise DeadlineExceeded(
+            raise TimeoutError(
                 f"waited {deadline_seconds:g} s for weight version {version} from the trainer; {self.version} is served"
             ) from None
 

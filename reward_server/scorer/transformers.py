@@ -112,7 +112,10 @@ class TransformersScorer:
         if not len(item.prompt_ids):
             raise ValueError("prompt: is empty, so nothing predicts the completion's first token; give it a BOS token")
         if self.max_length is not None and len(item) > self.max_length:
-            raise ValueError(f"item: {len(item)} tokens are more than the model's {self.max_length} positions")
+            raise ValueError(
+                f"completion: with its prompt it has {len(item)} tokens, more than the model's {self.max_length} "
+                "positions"
+            )
         for name, ids in (("prompt_token_ids", item.prompt_ids), ("completion_token_ids", item.completion_ids)):
             if len(ids) and not (0 <= min(ids) and max(ids) < self.vocab_size):
                 wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
