@@ -1,4 +1,4 @@
-"""kill -9 on every process of a real run: it goes on, loses nothing, trains nothing twice, ends with the same weights."""
+"""kill -9 on every process of a real run: it goes on, loses nothing, trains nothing twice, ends with equal weights."""
 
 import json
 import os
