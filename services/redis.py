@@ -144,6 +144,18 @@ def wait_for_redis_sync(client: redis_py.Redis, deadline_seconds: float) -> None
     insist_sync(client.ping, "start-up", deadline_seconds)
 
 
+async def cancel(*tasks: asyncio.Task) -> None:
+    """Cancel tasks that talk to redis and wait for their end, whatever it is.
+
+    One cancellation is not enough: where it meets the end of an `asyncio.wait_for`, as redis-py uses to send commands,
+    Python 3.11 loses it.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=0.2)
+
+
 # ---- a server of our own -----------------------------------------------------------------------------------------
 
 

@@ -47,18 +47,21 @@ def sync(path: Path) -> None:
 
 
 class _Shard:
-    """Tensors that are written together, no two of them in the same memory (safetensors refuses tied tensors)."""
+    """Tensors that are written together, no two of them in the same memory: safetensors refuses tied tensors."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.bytes = 0
-        self.addresses: set[int] = set()
+        self.spans: dict[int, list[tuple[int, int]]] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach().to("cpu").contiguous()
-        if tensor.data_ptr() in self.addresses:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        spans = self.spans.setdefault(tensor.untyped_storage().data_ptr(), [])
+        if any(start < other_end and other_start < end for other_start, other_end in spans):
             tensor = tensor.clone()
-        self.addresses.add(tensor.data_ptr())
+        else:
+            spans.append((start, end))
         self.tensors[name] = tensor
         self.bytes += tensor.nbytes
         return tensor

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from services.contract import Version, WeightVersion
 from services.keys import Keys
-from services.redis import PASSING, DeadlineExceeded, connect
+from services.redis import PASSING, DeadlineExceeded, cancel, connect
 from services.weights import pointer
 
 log = logging.getLogger(__name__)
@@ -53,16 +53,17 @@ class Follower:
         self._attempts, self._again_at = 0, 0.0
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task] = []
+        self._loading: asyncio.Future | None = None
 
     async def start(self) -> None:
         """Returns at once; redis may be away, and come later."""
         self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._report())]
 
     async def stop(self) -> None:
-        """Ends the task (not in the middle of a load) and takes the replica off the list of followers."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Ends the task, after a load in progress, and takes the replica off the list of followers."""
+        await cancel(*self._tasks)
+        if self._loading is not None:  # half a load is worse than none
+            await asyncio.wait([self._loading])
         try:
             await pointer.leave(self._redis, self.run_id, self.replica)
         except PASSING as error:
@@ -134,13 +135,9 @@ class Follower:
             if await pointer.newest_version(self._redis, self.run_id) == weights.id:  # else it is gone for good reason
                 self._refuse(weights.id, str(error))
             return
-        loading = asyncio.ensure_future(self.load(weights.id, directory))
+        self._loading = asyncio.ensure_future(self.load(weights.id, directory))
         try:
-            await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            # Half a load is worse than none: stopping waits for it.
-            await asyncio.wait([loading])
-            raise
+            await asyncio.shield(self._loading)
         except Exception as error:
             log.exception("%s: loading weights %s failed", self.replica, weights.id)
             return self._refuse(weights.id, f"loading failed: {error!r}")
