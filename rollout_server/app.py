@@ -118,7 +118,7 @@ class Served:
         """Raises Problem (503) when `wanted` is not served within `seconds`."""
         if self.engine.version >= wanted:
             return
-        log.info("waiting up to %.1f s for weights %s; serving %s", seconds, wanted, self.engine.version)
+        log.info("waiting up to %.1f s for the trainer's weights %s; serving %s", seconds, wanted, self.engine.version)
         try:
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: self.engine.version >= wanted)

@@ -145,6 +145,34 @@ def test_eos_ends_a_completion_and_is_part_of_it(model, tokenizer):
         assert one.stopped == (eos in other.token_ids)
 
 
+def test_sliding_window_layers_see_their_window_only(tokenizer):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=288,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=1,
+    )
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1)
+    asked = [prompt(text, tokenizer, 2, temperature=0.9) for text in PROMPTS]
+    drawn = run(model, tokenizer, asked)
+    oracle = model.double()
+    for place, one in enumerate(drawn):
+        reference = log_probabilities(oracle, asked[place // 2].token_ids, one.token_ids, 0.9)
+        np.testing.assert_allclose(one.logprobs, reference[np.arange(24), one.token_ids], atol=1e-4)
+
+
 def test_the_context_bounds_a_completion(model, tokenizer):
     drawn = run(model, tokenizer, [prompt("abcd", tokenizer, 1, max_tokens=50)], max_model_len=10)
     assert len(drawn[0].token_ids) == 6 and not drawn[0].stopped

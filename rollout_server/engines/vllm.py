@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
+PLUGIN = "rlif"
+"""Its name among the `vllm.general_plugins` entry points."""
 OPENAI_ROUTES = {"/v1/completions": "POST", "/v1/chat/completions": "POST", "/v1/models": "GET"}
 
 
@@ -46,6 +49,7 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings):
         """Checks the configuration; `start` loads the model. Raises StartupError."""
         self.settings = settings
+        _require_plugin()
         if not vllm.__version__.startswith("0.32."):
             raise StartupError(f"--engine vllm: this is vLLM {vllm.__version__}; rlif needs 0.32")
         is_cpu = current_platform.is_cpu()
@@ -70,6 +74,10 @@ class VllmEngine:
 
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code)
         self.shapes = tensor_shapes(settings.model)
+        # Old checkpoints hold the rotary table, which is a constant.
+        self.optional = {name for name in self.shapes if name.endswith("rotary_emb.inv_freq")}
+        if getattr(config.hf_text_config, "tie_word_embeddings", False):
+            self.optional.add("lm_head.weight")
         self.version = Version()
         self.fault = "the model is not loaded yet"
         self._loading = asyncio.Lock()
@@ -132,7 +140,7 @@ class VllmEngine:
         """The scheduler holds back what waits, finishes what runs, and forgets its prefix cache."""
         if self.shapes:
             given = await asyncio.to_thread(tensor_shapes, directory)
-            check_shapes(given, self.shapes, optional=("lm_head.weight",))
+            check_shapes(given, self.shapes, optional=self.optional)
         async with self._loading:
             await self.llm.pause_generation(mode="wait", clear_cache=True)
             # Until the last tensor is in, the model is a mixture of two versions and stays paused.
@@ -165,6 +173,15 @@ class VllmEngine:
         app.router.routes.extend(Route(path, inner, methods=[method]) for path, method in OPENAI_ROUTES.items())
 
 
+def _require_plugin() -> None:
+    """Without its plugin the engine would serve mixtures of weights (CPU) and wrong logprobs. Raises StartupError."""
+    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
+        raise StartupError("--engine vllm: vLLM cannot find rlif's plugin; install rlif itself (pip install -e .)")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = f"{allowed},{PLUGIN}"
+
+
 def _arguments(settings: EngineSettings, is_cpu: bool) -> Any:
     """vLLM's own parsed command line: its OpenAI server is set up from that."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -178,7 +195,7 @@ def _arguments(settings: EngineSettings, is_cpu: bool) -> Any:
         "max-num-seqs": settings.max_batch_sequences,
         "tensor-parallel-size": settings.tensor_parallel_size,
         "seed": 0,
-        # Defaults of the request's sampling come from the request alone, not from the model's folder.
+        # Sampling defaults are the request's alone, as with the other engine; its EOS tokens are read all the same.
         "generation-config": "vllm",
     }
     if settings.max_model_len is not None:
