@@ -14,7 +14,7 @@ from reward_server import compat, scoring
 from reward_server.encoding import Encoder
 from reward_server.evaluate import Means, score_groups
 from reward_server.rewards import REWARDS, math_verify
-from reward_server.spec_store import MemoryStore, RedisStore, Specs
+from reward_server.spec_store import DEFAULT, MemoryStore, RedisStore, Specs
 from reward_server.specs import SpecError, named_spec
 from reward_server.workers import WorkerPool
 from services.api import RewardGroup, RewardsRequest, RewardsResponse, ScoreRequest, ScoreResponse
@@ -72,7 +72,8 @@ def create(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        workers.start()
+        if _starts_with_math(specs):
+            workers.start()
         follower = _follower(settings, service)
         if service:
             await service.start()
@@ -141,6 +142,12 @@ def _specs(settings: Settings, has_scorer: bool) -> Specs:
         raise StartupError(f"the default reward spec: {error}") from error
     except ValueError as error:
         raise StartupError(str(error)) from error
+
+
+def _starts_with_math(specs: Specs) -> bool:
+    """Whether to have verifier processes up before the first request, rather than at the first that needs one."""
+    default = specs.built_in.get(DEFAULT)
+    return default is None or any("math-verify" in REWARDS[term.name].needs for term in default.rewards)
 
 
 def _follower(settings: Settings, service: Any) -> Follower | None:

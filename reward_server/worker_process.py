@@ -1,7 +1,8 @@
 """The child of `reward_server.workers`: runs checks one after another, each under limits.
 
 Frames on stdin and stdout: 4 bytes big-endian length, then msgpack. A request names a function of ours as
-"module:function" (never the caller's words), its payload, and the soft limit in seconds; the answer is one of
+"module:function" (never the caller's words), its payload, and its limits `cpu_seconds` and `wall_seconds`: the first
+bounds the work, whatever else the machine does, the second the waiting. The answer is one of
 {"status": "ok", "result": {...}}, {"status": "timeout"}, {"status": "error", "detail": str}.
 """
 
@@ -37,11 +38,21 @@ def _on_alarm(_signum: int, _frame: object) -> None:
         raise SoftLimit
 
 
-def _on_cpu_limit(soft_seconds: float) -> None:
-    """The kernel ends this process should it run on in C code after its parent, who else kills it, is gone."""
-    used = time.process_time()
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used + 2 * soft_seconds) + 5, hard))
+def _arm(cpu_seconds: float, wall_seconds: float) -> None:
+    global armed
+    # The kernel ends this process should it run on in C code after its parent, who else kills it, is gone.
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 2 * wall_seconds) + 5, most))
+    armed = True
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds, AGAIN_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, wall_seconds, AGAIN_SECONDS)
+
+
+def _disarm() -> None:
+    global armed
+    armed = False
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _call(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -50,12 +61,9 @@ def _call(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
-    global armed
     try:
         check = _call(request["check"])
-        _on_cpu_limit(request["soft_seconds"])
-        armed = True
-        signal.setitimer(signal.ITIMER_REAL, request["soft_seconds"], AGAIN_SECONDS)
+        _arm(request["cpu_seconds"], request["wall_seconds"])
         return {"status": "ok", "result": check(request["payload"])}
     except (MemoryError, Exhausted) as error:
         return {"status": "error", "detail": f"out of resources: {str(error) or type(error).__name__}"[:500]}
@@ -64,18 +72,15 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         said = " ".join(item for item in error.args if isinstance(item, str))
         return {"status": "error", "detail": f"{type(error).__name__}: {said}"[:500]}
     finally:
-        armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _disarm()
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Run one check. The alarm may also strike while `_run` is already leaving, hence the second net."""
-    global armed
     try:
         return _run(request)
     except SoftLimit:
-        armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _disarm()
         return {"status": "timeout"}
 
 
@@ -91,6 +96,7 @@ def main(memory_bytes: int) -> None:
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints must not land among the frames
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent ends us
+    signal.signal(signal.SIGPROF, _on_alarm)
     signal.signal(signal.SIGALRM, _on_alarm)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

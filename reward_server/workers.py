@@ -5,8 +5,8 @@ lane, under the full limit and at low priority; checks that look expensive go th
 hostile text delays only its like. Callers take turns: the next check of a request with few checks comes before the
 hundredth of a big one.
 
-Limits: inside the process an alarm (soft); outside the parent kills and replaces the process (hard). A process that ran
-over its time, or died, is always replaced, by one that is already up.
+Limits: inside the process alarms on CPU time and on wall time (soft); outside the parent kills and replaces the process
+(hard). A process that ran over its time, or died, is always replaced, by one that is already up.
 """
 
 import asyncio
@@ -27,15 +27,23 @@ log = logging.getLogger(__name__)
 
 QUEUE_DEPTH = Gauge("rlif_verifier_queue_depth", "Checks that wait for a verifier process", ["lane"])
 KILLS = Counter("rlif_verifier_kills_total", "Verifier processes replaced, by why", ["reason"])
+STOPPED = "stopped"
 PROCESSES = Gauge("rlif_verifier_processes", "Verifier processes that are up")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`queue` bounds the waiting checks of both lanes; `memory_bytes` is the address space of one process."""
+    """The quantum holds in the fast lane, the full limit in the slow one: CPU seconds of work (so that a busy machine
+    makes no verdict), and wall seconds in which to get them; `grace_seconds` later the parent kills.
+
+    `slow_wait_seconds` bounds the waiting in the slow lane; `queue` the waiting checks of both lanes; `memory_bytes` is
+    the address space of one process.
+    """
 
     quantum_seconds: float = 0.5
-    soft_seconds: float = 5.0
+    quantum_wall_seconds: float = 2.0
+    full_seconds: float = 4.0
+    full_wall_seconds: float = 10.0
     grace_seconds: float = 1.0
     slow_wait_seconds: float = 10.0
     start_seconds: float = 60.0
@@ -159,13 +167,15 @@ class WorkerPool:
         self.warm_up = warm_up or []
         self.fast, self.slow = _Lane("fast"), _Lane("slow")
         self.fast_workers, self.slow_workers = workers, max(1, workers // 2)
-        self.state = "not started"
+        self.state = "ok"
         self._ready: asyncio.Queue[_Process] = asyncio.Queue()
         self._alive: set[_Process] = set()
         self._tasks: set[asyncio.Task] = set()
 
     def start(self) -> None:
-        """Returns at once; checks wait for the first process to be up, `state` is "ok" from then on."""
+        """Returns at once; checks wait for the first process to be up. The first check starts the pool, too."""
+        if self._tasks:
+            return
         self.state = "verifier processes are starting"
         for lane, count in ((self.fast, self.fast_workers), (self.slow, self.slow_workers)):
             for _ in range(count):
@@ -174,13 +184,13 @@ class WorkerPool:
         self._spawn(self._add_process())
 
     async def stop(self) -> None:
+        self.state = STOPPED
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for process in list(self._alive):
             await self._end(process)
-        self.state = "stopped"
 
     @property
     def waiting(self) -> int:
@@ -198,6 +208,9 @@ class WorkerPool:
         Never raises for what the check does: a verdict is back by `deadline` (time.monotonic()), `timeout` if need be.
         """
         asked_at = time.monotonic()
+        if self.state == STOPPED:
+            return Verdict("error", 0.0, detail="the server is shutting down")
+        self.start()
         try:
             async with asyncio.timeout(max(0.0, deadline - asked_at)), turn.slots:
                 if self.is_full:
@@ -233,7 +246,7 @@ class WorkerPool:
             try:
                 for check, payload in self.warm_up:
                     limit = self.limits.start_seconds
-                    request = {"check": check, "payload": payload, "soft_seconds": limit}
+                    request = {"check": check, "payload": payload, "cpu_seconds": limit, "wall_seconds": limit}
                     reply = await process.exchange(request, limit + self.limits.grace_seconds)
                     if reply["status"] != "ok":
                         log.warning("verifier warm-up %s: %s %s", check, reply["status"], reply.get("detail", ""))
@@ -274,10 +287,14 @@ class WorkerPool:
         job = await lane.next()
         if job.expiry is not None:
             job.expiry.cancel()
-        full = self.limits.quantum_seconds if lane is self.fast else self.limits.soft_seconds
-        soft = min(full, max(0.001, job.deadline - time.monotonic()))
+        limits = self.limits
+        cpu, wall = limits.full_seconds, limits.full_wall_seconds
+        if lane is self.fast:
+            cpu, wall = limits.quantum_seconds, limits.quantum_wall_seconds
+        wall = min(wall, max(0.001, job.deadline - time.monotonic()))
+        request = {**job.request, "cpu_seconds": cpu, "wall_seconds": wall}
         try:
-            reply = await process.exchange({**job.request, "soft_seconds": soft}, soft + self.limits.grace_seconds)
+            reply = await process.exchange(request, wall + limits.grace_seconds)
         except TimeoutError:
             await self._replace(process, "hard_limit")
             reply = {"status": "timeout"}
@@ -294,5 +311,5 @@ class WorkerPool:
         if lane is self.fast:
             self._put_slow(job, Turn())
         else:
-            job.settle("timeout", f"no verdict within {full:g} s")
+            job.settle("timeout", f"no verdict within {cpu:g} s of work or {wall:.3g} s in all")
         return False

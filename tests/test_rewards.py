@@ -67,7 +67,7 @@ async def test_format(workers):
 
 
 async def test_a_pattern_that_never_ends_is_a_timeout_and_not_a_zero():
-    pool = WorkerPool(1, Limits(quantum_seconds=0.2, soft_seconds=0.4, grace_seconds=0.5), [patterns.WARM_UP])
+    pool = WorkerPool(1, Limits(quantum_seconds=0.2, full_seconds=0.4, grace_seconds=0.5), [patterns.WARM_UP])
     pool.start()
     try:
         slow, quick = await score(format, group_of(["a" * 60, "b"]), pool, regex="(a+)+b|b")
