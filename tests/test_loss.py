@@ -40,7 +40,7 @@ def slow_loss(policy, rollout, reference, advantage, old_logprobs, clip_low, cli
 
 @given(st.lists(token, min_size=1, max_size=8), settings)
 def test_losses_and_gradients_equal_the_formulas(tokens, options):
-    policy, rollout, reference, advantages = (torch.tensor(column, dtype=torch.float64) for column in zip(*tokens, strict=True))
+    policy, rollout, reference, advantages = torch.tensor(tokens, dtype=torch.float64).T.clone()
     policy.requires_grad_()
     terms = token_losses(policy, rollout, advantages, reference, **options)
     terms.loss.sum().backward()

@@ -28,6 +28,7 @@ class Feed:
         self.redis = connect(redis_url)
         self.queue = GroupQueue(self.redis, recipe.run.name, max_deliveries=recipe.queue.max_deliveries)
         self.started = time.monotonic()
+        self.tokens_per_second = 0.0
         self.stopping = False
         self._waiting: asyncio.Task[Any] | None = None
 
@@ -70,15 +71,16 @@ class Feed:
         """Raises Fenced when another trainer has taken the run over."""
         self.runner.run(self.queue.ack(entry_ids, lineage))
 
-    def report(self, state: str, step: int, lineage: int, tokens_per_second: float = 0.0) -> None:
-        """The trainer's field of the run's status hash, which console and command line read."""
+    def report(self, state: str, step: int, lineage: int) -> None:
+        """The trainer's field of the run's status hash, which console and command line read. States: `waiting` (for
+        groups), `training`, `stopped` (by a signal), `done`."""
         status = {
             "step": step,
             "steps": self.recipe.trainer.steps,
             "state": state,
             "lineage": lineage,
             "seconds": time.monotonic() - self.started,
-            "tokens_per_second": tokens_per_second,
+            "tokens_per_second": self.tokens_per_second,
             "at": time.time(),
         }
 

@@ -88,7 +88,9 @@ def load(settings: Model, gradient_checkpointing: bool = False) -> Policy:
     Raises RecipeError when it cannot be loaded or its logits are not a plain LM head's.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     where = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(settings.path, **where)

@@ -5,6 +5,7 @@ Rank 0 alone speaks to Redis and writes the run's records; it sends each step's 
 
 import json
 import logging
+import os
 import random
 import time
 from contextlib import ExitStack
@@ -114,7 +115,10 @@ def _seed(recipe: Recipe) -> None:
     np.random.seed(recipe.run.seed)
     torch.manual_seed(recipe.run.seed)
     if recipe.run.deterministic:
+        # Read by cuBLAS when it starts; without it its results depend on timing.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _restore(engine: Any, recipe: Recipe, resume: bool, ranks: Ranks, feed: Feed | None) -> Progress:
@@ -141,6 +145,8 @@ def _next_batch(
         feed.report("waiting", progress.step, progress.lineage)
         pulled = feed.pull()
         entries = pulled or []
+        if entries:
+            feed.report("training", progress.step, progress.lineage)
         # Begun before anything looks into the groups: one that makes the trainer crash is found by counting.
         feed.begin(entries)
         payload = STOP if pulled is None else sequences([entry.group for entry in entries], vocab_size).pack()
@@ -176,7 +182,7 @@ def _note(
     groups = [entry.group for entry in entries]
     line = metrics.record(progress.lineage, start, progress.step, groups, result, seconds)
     records.write(line)
-    feed.report("training", progress.step, progress.lineage, line["tokens_per_second"])
+    feed.tokens_per_second = line["tokens_per_second"]
     if result.completions == 0:
         log.warning("step %d: none of its completions has a valid reward; the gradient is 0", progress.step)
     log.info(
