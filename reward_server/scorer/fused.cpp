@@ -22,8 +22,10 @@ namespace {
 
 constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
 
-// exp(x) for x <= 0 to about 1e-7 relative, written so that the compiler vectorises it. Below -87 it is ~1e-38.
-inline float exp_negative(float x) {
+constexpr float kHighest = 4.0f;  // how far above the shift a logit may lie
+
+// exp(x) for x <= 87 to about 1e-7 relative, written so that the compiler vectorises it. Below -87 it is ~1e-38.
+inline float exp_bounded(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
   int32_t bits;
@@ -56,21 +58,47 @@ struct Sums {
     total = mine * total + theirs * other.total;
     top = to;
   }
+
+  void raise(double to) {
+    const double shift = top - to, factor = std::exp(shift);
+    slope = factor * (slope + total * shift);
+    total *= factor;
+    top = to;
+  }
 };
 
-inline Sums reduce(const float* logits, int64_t count, float scale) {
-  float top = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < count; ++j) top = logits[j] > top ? logits[j] : top;
-  top *= scale;
-  float total = 0.0f, slope = 0.0f;
-#pragma omp simd reduction(+ : total, slope)
+// Sums of exp(x) and exp(x) * x for x = scale * logit - shift, and the largest x.
+inline void pass(const float* logits, int64_t count, float scale, float shift, float& largest, float& total,
+                 float& slope) {
+  float high = -std::numeric_limits<float>::infinity(), sum = 0.0f, weighted = 0.0f;
+#pragma omp simd reduction(max : high) reduction(+ : sum, weighted)
   for (int64_t j = 0; j < count; ++j) {
-    const float x = logits[j] * scale - top, e = exp_negative(x);
-    total += e;
-    slope += e * x;
+    const float x = logits[j] * scale - shift, e = exp_bounded(x);
+    high = x > high ? x : high;
+    sum += e;
+    weighted += e * x;
   }
-  return {top, total, slope};
+  largest = high;
+  total = sum;
+  slope = weighted;
+}
+
+// Adds a tile. The largest logit so far serves as the shift, which saves a pass for the tile's own maximum; a tile that
+// rises far above it, where float32 would lose digits, is done again.
+inline void add(Sums& sums, const float* logits, int64_t count, float scale) {
+  float largest, total, slope;
+  auto shift = static_cast<float>(sums.top);
+  const bool is_first = sums.total == 0.0;
+  if (!is_first) pass(logits, count, scale, shift, largest, total, slope);
+  if (is_first || largest > kHighest) {
+    float high = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : high)
+    for (int64_t j = 0; j < count; ++j) high = logits[j] > high ? logits[j] : high;
+    shift = high * scale;
+    pass(logits, count, scale, shift, largest, total, slope);
+  }
+  sums.add({shift, total, slope});
+  if (largest > 0.0f) sums.raise(static_cast<double>(shift) + largest);
 }
 
 template <typename T>
@@ -99,7 +127,7 @@ void run(const T* hidden, const T* weight, int64_t rows, int64_t vocab, int64_t 
         const int64_t height = std::min(kRows, rows - start);
         at::native::cpublas::brgemm(height, count, width, width, count, count, false, hidden + start * width,
                                     reinterpret_cast<const T*>(packed), logits, sizeof(T) == 2);
-        for (int64_t i = 0; i < height; ++i) sums[start + i].add(reduce(logits + i * count, count, scale[start + i]));
+        for (int64_t i = 0; i < height; ++i) add(sums[start + i], logits + i * count, count, scale[start + i]);
       }
     }
     at::native::cpublas::brgemm_release(sizeof(T) == 2);
