@@ -125,63 +125,22 @@ async def test_heavy_is_a_guess_about_cost():
 # ---- the pool, with checks that misbehave --------------------------------------------------------------------------
 
 
-def spin(payload):
-    """Swallows the soft limit again and again; only a kill ends it."""
-    end = time.monotonic() + payload["seconds"]
-    while time.monotonic() < end:
-        try:
-            while time.monotonic() < end:
-                pass
-        except BaseException:
-            pass
-    return {}
-
-
-def doze(payload):
-    time.sleep(payload["seconds"])
-    return {"pid": os.getpid()}
-
-
-def toil(payload):
-    """Takes CPU seconds, however busy the machine is."""
-    end = time.process_time() + payload["seconds"]
-    while time.process_time() < end:
-        pass
-    return {"pid": os.getpid()}
-
-
-def die(_payload):
-    os._exit(3)
-
-
-def devour(_payload):
-    return {"size": len(bytearray(3 * 2**30))}
-
-
-def chatter(_payload):
-    print("this must not land among the frames")  # noqa: T201
-    return {"said": True}
-
-
-def child_pid(_payload):
-    return {"pid": os.getpid()}
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def rough(monkeypatch):
-    """A pool whose processes can import this file."""
+    """A pool whose processes can import `misbehaving`."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    made = WorkerPool(1, Limits(0.3, 1.0, 0.8, 2.0, grace_seconds=0.3, queue=3))
+    made = WorkerPool(1, Limits(0.3, 1.0, 0.8, 2.0, grace_seconds=0.3, queue=3), [("misbehaving:child_pid", {})])
     made.start()
     yield made
     await made.stop()
 
 
 async def run(pool, name, payload=None, seconds=60.0, **options):
-    return await pool.check(f"test_verifier:{name}", payload or {}, time.monotonic() + seconds, Turn(), **options)
+    return await pool.check(f"misbehaving:{name}", payload or {}, time.monotonic() + seconds, Turn(), **options)
 
 
 async def test_quantum_then_the_slow_lane_gives_full_time(rough):
+    rough.limits = Limits(0.3, 60, 0.8, 60, slow_wait_seconds=60)
     fast = (await run(rough, "child_pid")).result["pid"]
     slow = (await run(rough, "child_pid", heavy=True)).result["pid"]
     verdict = await run(rough, "toil", {"seconds": 0.5})
@@ -243,7 +202,7 @@ async def test_callers_take_turns(rough):
     deadline = time.monotonic() + 60
 
     async def ask(name, turn):
-        await rough.check("test_verifier:doze", {"seconds": 0.02}, deadline, turn)
+        await rough.check("misbehaving:doze", {"seconds": 0.02}, deadline, turn)
         order.append(name)
 
     rough.limits = Limits(quantum_seconds=5, quantum_wall_seconds=30)
