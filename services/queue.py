@@ -220,9 +220,9 @@ class GroupQueue:
                 if entry is not None:
                     entries.append(entry)
         except BaseException:
-            returned: dict[str, dict[bytes, bytes] | None] = {entry.entry_id: None for entry in entries}
-            self._held.difference_update(returned)
-            self._next = returned | self._next
+            # The next pull finds them pending and not held, and takes them over again.
+            self._held.difference_update(entry.entry_id for entry in entries)
+            self._next = {}
             raise
         return entries
 

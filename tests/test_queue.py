@@ -279,10 +279,12 @@ async def test_a_redis_that_lost_the_run_is_noticed(queue, redis):
 async def test_ack_is_for_good_and_may_be_repeated(queue, redis, run_id):
     await pushed(queue, 3)
     lineage = await queue.claim_lineage(0)
-    done = [entry.entry_id for entry in await queue.pull(2, 5)]
+    entries = await queue.pull(2, 5)
+    await queue.begin(entries)
+    done = [entry.entry_id for entry in entries]
     await queue.ack(done, lineage)
     await queue.ack(done, lineage)
-    assert await redis.xlen(queue.keys.groups) == 1
+    assert await redis.xlen(queue.keys.groups) == 1 and await redis.hlen(queue.keys.attempts) == 0
     successor = GroupQueue(redis, run_id)
     await successor.recover(set())
     assert await state(successor) == (1, 0, 0)
