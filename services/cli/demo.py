@@ -20,7 +20,7 @@ from services.demo.report import Report
 from services.http import StartupError
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "demo.yaml"
-SEEDS = (0, 1, 2)
+SEEDS = (1, 2, 3)
 
 Where = Annotated[Path, typer.Option("--dir", help="Folder for the demo's models and runs.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's when left out.", min=1)]
