@@ -20,6 +20,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from services import codec
+from services import queue_scripts as scripts
 from services.contract import ScoredGroup
 from services.keys import Keys
 from services.redis import BLOCK_SECONDS, DeadlineExceeded, insist
@@ -37,71 +38,6 @@ TELL_SECONDS = 30.0
 ENTRIES = Gauge("rlif_queue_groups", "Scored groups by state: queued, pending (delivered), dead", ["run", "state"])
 OLDEST = Gauge("rlif_queue_oldest_seconds", "Age of the oldest group that is not acknowledged", ["run"])
 DEAD = Counter("rlif_queue_dead_lettered", "Groups this process moved to the dead-letter stream", ["run"])
-
-PUSH = """
-if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 0 end
-local id = redis.call('XADD', KEYS[1], '*', 'id', ARGV[1], 'index', ARGV[2], 'group', ARGV[3])
-redis.call('HSET', KEYS[2], ARGV[1], id)
-return 1
-"""
-BURY = """
-if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 0 end
-redis.call('XADD', KEYS[1], '*', 'id', ARGV[1], 'index', ARGV[2], 'group', ARGV[3], 'reason', ARGV[4])
-redis.call('HSET', KEYS[2], ARGV[1], 'dead')
-return 1
-"""
-CLAIM_LINEAGE = """
-local stored, lineage = redis.call('GET', KEYS[1]), tonumber(ARGV[1])
-if stored and tonumber(stored) + 1 > lineage then lineage = tonumber(stored) + 1 end
-redis.call('SET', KEYS[1], string.format('%d', lineage))
-return lineage
-"""
-# Every script of the consumer starts with this; an empty ARGV[1] stands for a consumer that claimed no lineage.
-FENCE = """
-local current = redis.call('GET', KEYS[1])
-if ARGV[1] ~= '' and current ~= ARGV[1] then return redis.error_reply('FENCED ' .. (current or 'none')) end
-"""
-PENDING = FENCE + "return redis.call('XPENDING', KEYS[2], ARGV[2])[1]"
-ACK = (
-    FENCE
-    + """
-local acked = 0
-for i = 3, #ARGV do
-  acked = acked + redis.call('XACK', KEYS[2], ARGV[2], ARGV[i])
-  redis.call('XDEL', KEYS[2], ARGV[i])
-  redis.call('HDEL', KEYS[3], ARGV[i])
-end
-return acked
-"""
-)
-# The token makes a repeated call count once.
-BEGIN = (
-    FENCE
-    + """
-for i = 3, #ARGV do
-  local count, token = string.match(redis.call('HGET', KEYS[2], ARGV[i]) or '0:', '(%d+):(.*)')
-  if token ~= ARGV[2] then redis.call('HSET', KEYS[2], ARGV[i], (count + 1) .. ':' .. ARGV[2]) end
-end
-"""
-)
-FINISH = FENCE + "for i = 2, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end"
-DEAD_LETTER = (
-    FENCE
-    + """
-if redis.call('XACK', KEYS[2], ARGV[2], ARGV[3]) == 0 then return 0 end
-redis.call('XADD', KEYS[3], '*', 'id', ARGV[4], 'index', ARGV[5], 'group', ARGV[6], 'reason', ARGV[7])
-redis.call('XDEL', KEYS[2], ARGV[3])
-redis.call('HDEL', KEYS[4], ARGV[3])
-redis.call('HSET', KEYS[5], ARGV[4], 'dead')
-return 1
-"""
-)
-DEPTH = """
-local waiting, pending = redis.call('XLEN', KEYS[1]), redis.pcall('XPENDING', KEYS[1], ARGV[1])
-local first, time = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1], redis.call('TIME')
-local delivered, dead = pending.err and 0 or pending[1], redis.call('XLEN', KEYS[2])
-return {waiting, delivered, dead, first and first[1] or '', time[1], time[2]}
-"""
 
 
 class Fenced(Exception):
@@ -164,13 +100,15 @@ class GroupQueue:
         """Append a group unless its id was pushed or buried before; False then (also when a first attempt of this
         very call took effect but redis went away before it could answer)."""
         keys, payload = [self.keys.groups, self.keys.pushed], codec.pack(group)
-        return bool(await self._run(PUSH, keys, [group.group_id, group.index, payload], f"push {group.group_id}"))
+        return bool(
+            await self._run(scripts.PUSH, keys, [group.group_id, group.index, payload], f"push {group.group_id}")
+        )
 
     async def bury(self, group_id: str, index: int, reason: str, payload: bytes = b"") -> bool:
         """Give a group up: to the dead-letter stream, and never to be pushed again. False if it was pushed before."""
         log.warning("group %s (index %d) is given up: %s", group_id, index, reason)
         keys, arguments = [self.keys.dead, self.keys.pushed], [group_id, index, payload, reason]
-        buried = bool(await self._run(BURY, keys, arguments, f"bury {group_id}"))
+        buried = bool(await self._run(scripts.BURY, keys, arguments, f"bury {group_id}"))
         DEAD.labels(self.run_id).inc(buried)
         return buried
 
@@ -184,7 +122,7 @@ class GroupQueue:
     async def claim_lineage(self, at_least: int) -> int:
         """A lineage no trainer of this run had before, and at least `at_least`; a fresh run's first claim of 0 gets 0.
         From now on every earlier consumer is fenced."""
-        self.lineage = int(await self._run(CLAIM_LINEAGE, [self.keys.lineage], [at_least], "claim a lineage"))
+        self.lineage = int(await self._run(scripts.CLAIM_LINEAGE, [self.keys.lineage], [at_least], "claim a lineage"))
         return self.lineage
 
     async def recover(self, consumed: Iterable[str]) -> None:
@@ -230,12 +168,14 @@ class GroupQueue:
         """Note that these groups are about to be trained: what makes the trainer crash is found by counting."""
         keys, token = [self.keys.lineage, self.keys.attempts], secrets.token_hex(8)
         for ids in _batches([entry.entry_id for entry in entries]):
-            await self._run(BEGIN, keys, [self._fence, token, *ids], "begin a step")
+            await self._run(scripts.BEGIN, keys, [self._fence, token, *ids], "begin a step")
 
     async def finish(self, entries: Sequence[Entry]) -> None:
         """Note that the groups were trained without harm; they stay pending until `ack`."""
         for ids in _batches([entry.entry_id for entry in entries]):
-            await self._run(FINISH, [self.keys.lineage, self.keys.attempts], [self._fence, *ids], "finish a step")
+            await self._run(
+                scripts.FINISH, [self.keys.lineage, self.keys.attempts], [self._fence, *ids], "finish a step"
+            )
 
     async def ack(self, entry_ids: Sequence[str], lineage: int) -> None:
         """Drop entries for good: call it once a durable checkpoint holds their effect. Raises Fenced."""
@@ -245,7 +185,7 @@ class GroupQueue:
 
     async def depth(self) -> Depth:
         """How much lies in the queue; also sets the `rlif_queue_*` gauges."""
-        answer = await self._run(DEPTH, [self.keys.groups, self.keys.dead], [GROUP], "read the queue's depth")
+        answer = await self._run(scripts.DEPTH, [self.keys.groups, self.keys.dead], [GROUP], "read the queue's depth")
         waiting, pending, dead, first, seconds, micros = answer
         age = int(seconds) + int(micros) / 1e6 - int(first.split(b"-")[0]) / 1e3 if first else 0.0
         depth = Depth(waiting - pending, pending, dead, max(0.0, age))
@@ -292,7 +232,7 @@ class GroupQueue:
         keys = [self.keys.lineage, self.keys.groups, self.keys.attempts]
         fence = "" if lineage is None else str(lineage)
         for ids in _batches(entry_ids):
-            await self._run(ACK, keys, [fence, GROUP, *ids], "acknowledge groups")
+            await self._run(scripts.ACK, keys, [fence, GROUP, *ids], "acknowledge groups")
             self._held.difference_update(ids)
             for entry_id in ids:
                 self._next.pop(entry_id, None)
@@ -300,7 +240,7 @@ class GroupQueue:
     async def _count_pending(self) -> int:
         """Entries delivered and not acknowledged, whoever holds them; makes the consumer group where there is none."""
         try:
-            return await self._script(PENDING, [self.keys.lineage, self.keys.groups], [self._fence, GROUP])
+            return await self._script(scripts.PENDING, [self.keys.lineage, self.keys.groups], [self._fence, GROUP])
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
@@ -362,7 +302,7 @@ class GroupQueue:
         keys = [self.keys.lineage, self.keys.groups, self.keys.dead, self.keys.attempts, self.keys.pushed]
         payload, place = fields.get(b"group", b""), index if index.isdigit() else b"0"
         arguments = [self._fence, GROUP, entry_id, group_id, place, payload, reason]
-        await self._script(DEAD_LETTER, keys, arguments)
+        await self._script(scripts.DEAD_LETTER, keys, arguments)
         del self._next[entry_id]
         DEAD.labels(self.run_id).inc()
         log.error("run %s: group %s (entry %s) is dead-lettered: %s", self.run_id, group_id, entry_id, reason)

@@ -190,7 +190,7 @@ class EmbeddedRedis:
     """A private redis-server child process on a unix socket, durable by an append-only file synced on every write.
 
     Data lie in `directory`; the socket path stays the same over restarts, so that a killed server, started again, has
-    the same data at the same URL. The child ends with the process that started it.
+    the same data at the same URL. Started from the main thread, the child ends with its parent, however that ends.
     """
 
     def __init__(self, directory: Path, socket_path: Path | None = None):
