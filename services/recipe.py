@@ -170,7 +170,6 @@ class Queue(Section):
 
     url: str | None = None
     max_deliveries: int = Field(3, ge=1)
-    lease_seconds: float = Field(600, gt=0)
 
 
 class Tracking(Section):
