@@ -74,6 +74,14 @@ async def test_verdicts(pool):
         ("The proof is trivial \\boxed{4}", "\\boxed{4}", "correct"),
         ("$4$", "\\boxed{4}", "correct"),
         ("\\$5.50", "\\boxed{5.5}", "correct"),
+        ("a + b + c", "\\boxed{c + b + a}", "correct"),
+        ("a + b + c", "\\boxed{a + c}", "wrong"),
+        ("30^\\circ.", "\\boxed{30^\\circ}", "correct"),
+        ("7\\text{ hours}.", "\\boxed{7\\text{ hours}.}", "correct"),
+        ("-\\frac{5}{3}", "\\boxed{-\\frac{5}{3}.}", "correct"),
+        ("4", "\\boxed{}", "no_answer"),
+        ("4", "\\boxed{\\frac{1}{0}}", "wrong"),
+        ("\\frac{1}{0}", "\\boxed{4}", "unparsable"),
         ("}{", "\\boxed{4}", "unparsable"),
     ]
     found = await asyncio.gather(*(judge(pool, [text], answer) for answer, text, _ in cases))

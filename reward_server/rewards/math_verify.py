@@ -8,6 +8,7 @@ that hedging does not pay. The work is done by the math-verify package in proces
 
 import asyncio
 import re
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from services.contract import Outcome, Score
 CHECK = "reward_server.rewards.math_verify:check"
 WARM_UP = (CHECK, {"gold": "\\frac{1}{2}", "text": "so \\boxed{0.5}", "anchored": False})
 MAX_GOLD = 4096
+STOPS = ".,;"
 
 MARKED = re.compile(r"\\boxed|(?<!\\)\$")
 """A reference answer that says itself where its mathematics are; any other is mathematics as a whole."""
@@ -85,7 +87,7 @@ REWARD = Reward(
 
 @cache
 def _library() -> tuple[Any, Any, Any]:
-    """(parse, verify, extraction configs by anchoring), with out-of-resources failures made visible.
+    """(parse, verify, extraction configs by (units, anchored)), with out-of-resources failures made visible.
 
     math-verify catches every Exception of its parsers and goes on as if there were no answer; running out of stack or
     memory must not become a 0 that way.
@@ -108,37 +110,69 @@ def _library() -> tuple[Any, Any, Any]:
 
     parser.latex2sympy = surfacing(parser.latex2sympy)
     parser.parse_expr = surfacing(parser.parse_expr)
-    configs = {
-        anchored: [
-            package.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=not anchored),
-            package.ExprExtractionConfig(try_extract_without_anchor=not anchored),
-        ]
-        for anchored in (False, True)
-    }
-    return package.parse, package.verify, configs
+    plain = package.LatexExtractionConfig().normalization_config
+    return (
+        package.parse,
+        package.verify,
+        {
+            (units, anchored): [
+                package.LatexExtractionConfig(
+                    boxed_match_priority=0,
+                    try_extract_without_anchor=not anchored,
+                    normalization_config=replace(plain, units=units),
+                ),
+                package.ExprExtractionConfig(try_extract_without_anchor=not anchored),
+            ]
+            for units in (True, False)
+            for anchored in (True, False)
+        },
+    )
 
 
-def _parsed(found: list[Any]) -> bool:
-    """math-verify adds the extracted text as a plain string; anything else in the list is an expression."""
-    return any(not isinstance(item, str) for item in found)
+def _expressions(found: list[Any]) -> list[Any]:
+    """What math-verify parsed; it adds the extracted text as a plain string, also where parsing failed."""
+    return [item for item in found if not isinstance(item, str)]
+
+
+def _boxed(text: str) -> str:
+    """Without the stop that ends its sentence, which math-verify takes for a part of the expression."""
+    return f"\\boxed{{{text.strip().rstrip(STOPS)}}}"
+
+
+def _is_number_like(expression: Any) -> bool:
+    """False for what divides by zero and the like: math-verify refuses to compare it with anything."""
+    from sympy import nan, zoo
+
+    return not expression.has(nan, zoo)
 
 
 def check(payload: dict[str, Any]) -> dict[str, Any]:
-    """Compare one completion with the gold answer: {"outcome", "detail"}. `raise_on_error`, and time limits of the
-    worker process instead of math-verify's own, so that an expired check is never taken for a wrong answer."""
+    """Compare one completion with the gold answer: {"outcome", "detail"}.
+
+    With `raise_on_error`, and the time limits of the worker process instead of math-verify's own, so that an expired
+    check is never taken for a wrong answer. Raises whatever math-verify does.
+    """
     parse, verify, configs = _library()
     options = {"parsing_timeout": None, "raise_on_error": True}
     gold_text = payload["gold"]
     if not MARKED.search(gold_text):
-        gold_text = f"\\boxed{{{gold_text}}}"
-    gold = parse(gold_text, extraction_config=configs[False], **options)
-    if not _parsed(gold):
+        gold_text = _boxed(gold_text)
+    for units in (True, False):  # math-verify takes the letters of `a + b + c` for units and drops them
+        gold = parse(gold_text, extraction_config=configs[units, False], **options)
+        if _expressions(gold):
+            break
+    if not all(map(_is_number_like, _expressions(gold))) or not _expressions(gold):
         return {"outcome": "unparsable", "detail": "the reference answer is not a mathematical expression"}
-    config = configs[payload["anchored"]]
+    config = configs[units, payload["anchored"]]
     found = parse(payload["text"], extraction_config=config, extraction_mode="first_match", **options)
     if not found:
         return {"outcome": "no_answer", "detail": ""}
-    said = next((item for item in found if isinstance(item, str)), "")[:200]
+    said = next((item for item in found if isinstance(item, str)), "")
+    if not _expressions(found) and said.rstrip()[-1:] in STOPS:
+        found = parse(_boxed(said), extraction_config=config, **options)
+    said = said[:200]
+    if not all(map(_is_number_like, _expressions(found))):
+        return {"outcome": "wrong", "detail": said}
     if verify(gold, found, timeout_seconds=None, raise_on_error=True):
         return {"outcome": "correct", "detail": said}
-    return {"outcome": "wrong" if _parsed(found) else "no_answer", "detail": said}
+    return {"outcome": "wrong" if _expressions(found) else "no_answer", "detail": said}
