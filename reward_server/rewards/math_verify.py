@@ -28,7 +28,7 @@ MARKED = re.compile(r"\\boxed|(?<!\\)\$")
 """A reference answer that says itself where its mathematics are; any other is mathematics as a whole."""
 COSTLY = re.compile(
     r"[\d)}]\s*!"  # factorials
-    r"|\\(?:sum|prod|int|lim|binom|sqrt\[)|\\frac\s*\{[^{}]*\\frac[^{}]*\{[^{}]*\\frac"
+    r"|\\(?:sum|prod|int|lim|binom)|(?:\\[dt]?frac.{0,12}){4}|(?:\\sqrt.{0,6}){4}"
     r"|(?:\^|\*\*)[\s{(]*\d{3,}"  # large exponents
     r"|(?:\^|\*\*)[\s{(\d]*(?:\^|\*\*)"  # towers of powers
     r"|[{(\[]\s*(?:[{(\[]\s*){5}"  # deep nesting
