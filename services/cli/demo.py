@@ -20,7 +20,8 @@ from services.demo.report import Report
 from services.http import StartupError
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "demo.yaml"
-SEEDS = (1, 2, 3)
+SEEDS = (2, 3, 4)
+"""Fresh ones: the recipe was chosen while looking at 0 and 1."""
 
 Where = Annotated[Path, typer.Option("--dir", help="Folder for the demo's models and runs.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's when left out.", min=1)]
