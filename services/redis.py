@@ -115,11 +115,18 @@ async def insist(call: Callable[[], Awaitable[Result]], what: str, deadline_seco
     DeadlineExceeded (naming `what` and the last reason), and every error that waiting does not mend.
     """
     patience = _Patience(what, deadline_seconds)
+    task = asyncio.current_task()
+    assert task is not None
+    cancelled = task.cancelling()
     while True:
         try:
-            return await call()
+            answer = await call()
         except PASSING as error:
             pause = patience.next_pause(error)
+        else:
+            if task.cancelling() > cancelled:  # it got lost on its way through redis-py, see `cancel`
+                raise asyncio.CancelledError
+            return answer
         await asyncio.sleep(pause)
 
 

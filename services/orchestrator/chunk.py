@@ -10,7 +10,6 @@ from typing import Protocol, TypeVar
 from services.api import CompletionText, RewardGroup, RolloutRequest
 from services.clients import Refused, RewardClient, RolloutClient, ServerFault, pause_before
 from services.contract import Group, GroupScores, Sampling, ScoredGroup, Version, group_seed
-from services.http import StartupError
 from services.orchestrator.data import TaskSource
 from services.orchestrator.pacing import Pace
 from services.orchestrator.progress import GROUPS, SECONDS, Tally, Watch, made_by, newest_of
@@ -24,7 +23,8 @@ log = logging.getLogger(__name__)
 FAULTS = 3
 """How often a call is tried whose server answers 5xx, or nonsense, before a group is given up."""
 BURIED_IN_A_ROW = 10
-NO_ACCESS = (401, 403)
+NOT_OF_THE_GROUP = (401, 403, 404, 405)
+"""Refusals that speak of the caller's token or of the address, and would bury one group after the other."""
 
 Answer = TypeVar("Answer")
 
@@ -159,9 +159,9 @@ async def _score(desk: Desk, groups: list[Group]) -> list[ScoredGroup]:
             try:
                 scores = (await client.rewards(bodies, spec, deadline)).groups
             except Refused as error:
-                if error.status != 404 or "spec" not in error.fields:
+                if "spec" not in error.fields:
                     raise
-                # It was restarted, or somebody deleted the spec.
+                # It was restarted without a memory, or somebody deleted the spec.
                 await desk.servers.install_spec(client)
                 scores = (await client.rewards(bodies, spec, deadline)).groups
             for body, score in zip(bodies, scores, strict=True):
@@ -203,8 +203,8 @@ async def _ask_each(
     try:
         return await _insist(service, items, ask)
     except (Refused, ServerFault) as error:
-        if isinstance(error, Refused) and error.status in NO_ACCESS:
-            raise StartupError(f"no access to the {service} server: {error}") from error
+        if isinstance(error, Refused) and error.status in NOT_OF_THE_GROUP:
+            raise RunFailed(f"the {service} server cannot be used: {error}") from error
         if len(items) == 1:
             await _bury(desk, items[0].group_id, index(items[0]), f"{service}: {error}")
             return []

@@ -35,10 +35,8 @@ class Route(Generic[Client]):
 
 
 class Routes(Generic[Client]):
-    """`prepare(client)` runs before a server's first call, and again after it could not be reached.
-
-    `limit` bounds the calls in flight at one server. `patience` (seconds) is how long a call goes on failing over
-    before it raises what the last server said.
+    """`prepare(client)` runs before a server's first call, and again after it could not be reached. `patience`
+    (seconds) is how long a call goes on failing over before it raises what the servers said.
     """
 
     def __init__(
@@ -47,25 +45,17 @@ class Routes(Generic[Client]):
         clients: list[Client],
         prepare: Callable[[Client], Awaitable[None]],
         patience: float,
-        limit: int | None = None,
     ):
         if not clients:
             raise ValueError(f"no URL of a {service} server was given")
-        self.service, self.patience, self.limit = service, patience, limit
+        self.service, self.patience = service, patience
         self.routes = [Route(client) for client in clients]
         self._prepare = prepare
-        self._changed = asyncio.Condition()
         self._reminded = 0.0
 
     async def close(self) -> None:
         for route in self.routes:
             await route.client.close()
-
-    def forget(self, client: Client) -> None:
-        """Have the server prepared again before its next call."""
-        for route in self.routes:
-            if route.client is client:
-                route.prepared = False
 
     async def call(self, action: Callable[[Client], Awaitable[Answer]]) -> Answer:
         """What `action` returns on the first server that can do it. Raises CallError, or what `prepare` raises."""
@@ -92,34 +82,26 @@ class Routes(Generic[Client]):
                     raise self._exhausted(error) from error
             finally:
                 route.in_flight -= 1
-                async with self._changed:
-                    self._changed.notify_all()
 
     async def _acquire(self, give_up: float) -> Route[Client]:
         """The least loaded server that is not set aside, counted as in use."""
         while True:
             now = time.monotonic()
             awake = [route for route in self.routes if route.rests_until <= now]
-            free = [route for route in awake if self.limit is None or route.in_flight < self.limit]
-            if free:
-                route = min(free, key=lambda route: (route.in_flight, route.served))
+            if awake:
+                route = min(awake, key=lambda route: (route.in_flight, route.served))
                 route.in_flight += 1
                 route.served += 1
                 return route
-            if not awake:
-                if now > give_up:
-                    raise self._exhausted(error=None)
-                if now - self._reminded > REMIND_SECONDS:
-                    self._reminded = now
-                    log.warning(
-                        "waiting for a %s server (all %d failed): %s", self.service, len(self.routes), self._reasons()
-                    )
-            wake = min((route.rests_until for route in self.routes if route not in awake), default=now + 1.0)
-            async with self._changed:
-                try:
-                    await asyncio.wait_for(self._changed.wait(), max(0.005, wake - now))
-                except TimeoutError:
-                    pass
+            if now > give_up:
+                raise self._exhausted(error=None)
+            if now - self._reminded > REMIND_SECONDS:
+                self._reminded = now
+                log.warning(
+                    "waiting for a %s server (all %d failed): %s", self.service, len(self.routes), self._reasons()
+                )
+            wake = min(route.rests_until for route in self.routes)
+            await asyncio.sleep(min(wake, give_up + 0.01) - now)
 
     def _exhausted(self, error: CallError | None) -> Unavailable:
         urls = ", ".join(route.client.url for route in self.routes)

@@ -23,7 +23,7 @@ from services.orchestrator.progress import Tally, Watch, serving_status
 from services.orchestrator.servers import Servers
 from services.queue import GroupQueue
 from services.recipe import Recipe
-from services.redis import DeadlineExceeded, connect, wait_for_redis
+from services.redis import DeadlineExceeded, cancel, connect, wait_for_redis
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,14 @@ def main(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_
     Raises StartupError for what no restart mends: unusable data, servers that do not fit, a spec they refuse.
     """
     try:
-        return asyncio.run(_orchestrate(recipe, rollout_urls, reward_urls, redis_url))
+        return asyncio.run(orchestrate(recipe, rollout_urls, reward_urls, redis_url))
     except (RunFailed, CallError, DeadlineExceeded) as error:
         log.error("the orchestrator gives up: %s", error)
         return 1
 
 
-async def _orchestrate(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str) -> int:
+async def orchestrate(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str) -> int:
+    """`main` inside a running event loop (of the main thread: it handles signals); errors propagate."""
     wake = asyncio.Event()
     stops: list[signal.Signals] = []
 
@@ -135,10 +136,7 @@ class Loop:
             desk.watch.extra["reason"] = str(error)
             raise
         finally:
-            tasks = [follower, *probes, *self.running]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel(follower, *probes, *self.running)
             await self._last_status()
 
     def _admit(self) -> None:
@@ -190,13 +188,13 @@ class Loop:
         now = time.monotonic()
         busy = any(not chunk.waiting for chunk in self.running.values())
         quiet = now - max(watch.version_at, self.desk.tally.pushed_at)
-        if busy or quiet < REMIND_SECONDS:
+        if busy:
             return
         newest = f"weights newer than {watch.version}" if watch.version else "its first weights"
         depth = f"{watch.depth.queued} groups queued, {watch.depth.pending} being trained"
         if quiet > limit:
             raise RunFailed(f"the trainer did not publish {newest} within {limit:g} s ({depth})")
-        if now - self.reminded > REMIND_SECONDS:
+        if min(quiet, now - self.reminded) > REMIND_SECONDS:
             self.reminded = now
             log.info("waiting for the trainer to publish %s: %.0f s so far, %s", newest, quiet, depth)
 

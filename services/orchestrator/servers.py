@@ -31,9 +31,7 @@ class Servers:
             rollouts = [RolloutClient(url, *tokens, retry_seconds=0) for url in rollout_urls]
             rewards = [RewardClient(url, *tokens, retry_seconds=0) for url in reward_urls]
             self.rollouts = Routes("rollout", rollouts, self._prepare_rollout, recipe.rollout.deadline_seconds)
-            # One call at a time, so that what is scored together does not depend on timing.
-            limit = 1 if recipe.run.deterministic else None
-            self.rewards = Routes("reward", rewards, self._prepare_reward, recipe.scorer.deadline_seconds, limit)
+            self.rewards = Routes("reward", rewards, self._prepare_reward, recipe.scorer.deadline_seconds)
         except ValueError as error:
             raise StartupError(str(error)) from error
 
@@ -55,6 +53,8 @@ class Servers:
         try:
             return await client.model(CHECK_SECONDS)
         except (Refused, ServerFault) as error:
+            if service == "reward" and isinstance(error, Refused) and (error.status, error.title) == (404, "No model"):
+                return {}  # it was started without a scorer
             raise StartupError(f"{client.url} cannot be used as a {service} server: {error}") from error
 
     def _agree(self, client: ServiceClient, service: str, served: dict[str, Any]) -> None:

@@ -1,0 +1,632 @@
+"""The orchestrator with real Redis and a real reward server; rollout servers and trainer are in the test's hand."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from fastapi import FastAPI
+from served import served
+
+from reward_server import app as reward_app
+from services import http, recipe
+from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
+from services.clients import RewardClient
+from services.contract import Completion, ScoredGroup, Version, WeightVersion, group_seed
+from services.http import StartupError
+from services.keys import Keys
+from services.orchestrator.chunk import RunFailed
+from services.orchestrator.run import orchestrate
+from services.queue import GroupQueue
+from services.redis import EmbeddedRedis, cancel, connect, connect_sync
+from services.spec import RewardSpec
+from services.weights import pointer
+
+STEPS, PER_STEP = 5, 4
+SECONDS = 40.0
+"""How long a test waits for something that should take well under a second."""
+
+
+class RolloutServer:
+    """A rollout server that makes words instead of tokens, of the version the test sets, and fails on request."""
+
+    def __init__(self, vocab_size: int = 288):
+        self.vocab_size = vocab_size
+        self.version = Version()
+        self.batches: list[RolloutsRequest] = []
+        self.made: list[str] = []
+        self.refuse: set[str] = set()
+        self.forbidden = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.running = 0
+        self.most_running = 0
+        self.app = http.create_app("rollout", "0", http.HttpSettings(), ready=lambda: {})
+        self._routes(self.app)
+
+    def _routes(self, app: FastAPI) -> None:
+        @app.get("/v1/model")
+        async def model() -> dict:
+            return {"model": "words", "vocab_size": self.vocab_size}
+
+        @app.post("/v1/rollouts")
+        async def rollouts(body: RolloutsRequest) -> RolloutsResponse:
+            self.batches.append(body)
+            if self.forbidden:
+                raise http.Problem(403, "Forbidden")
+            for place, request in enumerate(body.requests):
+                if self.refuse & {request.messages[-1].content, "everything"}:
+                    raise http.Problem(422, "Too long", "the prompt is too long", field=f"requests[{place}]")
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+            try:
+                # Weights are swapped between completions: what was begun is finished by the version it began with.
+                while not all(self.version >= (request.min_weight_version or Version()) for request in body.requests):
+                    await asyncio.sleep(0.005)
+                version = self.version
+                while not self.gate.is_set():
+                    await asyncio.sleep(0.005)
+                await asyncio.sleep(0.01)
+            finally:
+                self.running -= 1
+            self.made += [request.group_id for request in body.requests]
+            return RolloutsResponse(
+                groups=[
+                    RolloutGroup(
+                        group_id=request.group_id,
+                        prompt_token_ids=[1, 2, 3],
+                        completions=[
+                            Completion(
+                                text=f"{number}",
+                                token_ids=[number, 7],
+                                logprobs=[-0.5, -1.5],
+                                finish_reason="stop",
+                                weight_version=version,
+                            )
+                            for number in range(request.n)
+                        ],
+                    )
+                    for request in body.requests
+                ],
+                model="words",
+                weight_version=version,
+            )
+
+
+class Trainer:
+    """Consumes steps as the trainer does, and publishes to Redis and to the rollout servers."""
+
+    def __init__(self, url: str, run: str, *servers: RolloutServer):
+        self.redis, self.run, self.servers = connect_sync(url), run, servers
+        self.queue = GroupQueue(connect(url), run)
+        self.steps: list[list[ScoredGroup]] = []
+        self.lineage, self.version = 0, 0
+
+    def publish(self, version: int) -> None:
+        self.version = version
+        weights = WeightVersion(
+            run_id=self.run,
+            lineage=self.lineage,
+            version=version,
+            transport="disk",
+            location="/",
+            manifest=[],
+            created_at=0,
+        )
+        assert pointer.advance(self.redis, weights)
+        for server in self.servers:
+            server.version = weights.id
+
+    async def start(self) -> None:
+        self.lineage = await self.queue.claim_lineage(0)
+        await self.queue.recover(set())
+        self.publish(self.version)
+
+    async def train(self, count: int = 1) -> None:
+        for _ in range(count):
+            entries = await self.queue.pull(PER_STEP, SECONDS)
+            self.steps.append(sorted((entry.group for entry in entries), key=lambda group: group.index))
+            await self.queue.ack([entry.entry_id for entry in entries], self.lineage)
+            self.publish(self.version + 1)
+
+    @property
+    def indices(self) -> list[int]:
+        return [group.index for step in self.steps for group in step]
+
+    @property
+    def staleness(self) -> list[int]:
+        return [
+            step - completion.weight_version.version
+            for step, groups in enumerate(self.steps)
+            for group in groups
+            for completion in group.completions
+        ]
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory):
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def reward_server():
+    app = reward_app.create(reward_app.Settings(verifier_workers=1))
+    with served(app) as url:
+        yield url
+
+
+@pytest.fixture
+def clean(redis_server):
+    with connect_sync(redis_server.url) as client:
+        client.flushall()
+    return redis_server
+
+
+@pytest.fixture
+def rollouts():
+    server = RolloutServer()
+    with served(server.app) as url:
+        server.url = url
+        yield server
+        server.gate.set()
+
+
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps({"q": f"say {n}", "a": str(n), "id": f"t{n}"}) + "\n" for n in range(13)))
+    return path
+
+
+@pytest.fixture
+def make_recipe(tasks, tiny_model, request):
+    def make(**overrides) -> recipe.Recipe:
+        tree = {
+            "run": {"name": request.node.name.split("[")[0][-50:], "dir": "/unused", "seed": 3},
+            "model": {"path": str(tiny_model)},
+            "data": {"path": str(tasks), "fields": {"prompt": "q", "answer": "a", "id": "id"}},
+            "rollout": {"group_size": 3, "groups_per_request": 2, "sampling": {"max_tokens": 5}},
+            "rewards": [{"name": "exact_match"}, {"name": "length", "weight": 0.0}],
+            "pacing": {"max_staleness": 1},
+            "trainer": {"steps": STEPS, "groups_per_step": PER_STEP, "batch_deadline_seconds": SECONDS},
+            "weights": {"poll_seconds": 0.05},
+        }
+        return recipe.parse(tree, [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()])
+
+    return make
+
+
+@asynccontextmanager
+async def running(chosen: recipe.Recipe, redis: EmbeddedRedis, rollout_urls, reward_urls):
+    """The orchestrator as a task of this test; killed at the end if it still runs."""
+    urls = [rollout_urls] if isinstance(rollout_urls, str) else rollout_urls
+    task = asyncio.create_task(orchestrate(chosen, urls, [reward_urls], redis.url))
+    try:
+        yield task
+    finally:
+        await cancel(task)
+
+
+async def until(condition, what: str) -> None:
+    ends = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < ends, f"waited in vain until {what}"
+        await asyncio.sleep(0.01)
+
+
+async def over(task: asyncio.Task) -> int:
+    return await asyncio.wait_for(task, SECONDS)
+
+
+def complete(trainer: Trainer) -> None:
+    assert sorted(trainer.indices) == list(range(STEPS * PER_STEP))
+    ids = [group.group_id for step in trainer.steps for group in step]
+    assert len(set(ids)) == len(ids)
+
+
+async def test_a_run_from_task_to_queue(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe()
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await until(lambda: len(rollouts.made) >= 8, "what staleness 1 allows is made")
+        await asyncio.sleep(0.3)
+        assert len(rollouts.made) == 8, "two steps' groups, and not one more"
+        await trainer.train(STEPS)
+        assert await over(task) == 0
+    complete(trainer)
+    assert set(trainer.staleness) == {0, 1}
+    assert rollouts.most_running >= 2
+    group = trainer.steps[0][0]
+    assert group.task.reference.answer == group.task.task_id.removeprefix("t")
+    assert group.spec_id == chosen.spec.spec_id
+    assert group.sampling.max_tokens == 5 and group.prompt_token_ids == [1, 2, 3]
+    assert all(set(score.components) == {"exact_match", "length"} for score in group.scores)
+    answered = {g.task.reference.answer: [s.reward for s in g.scores] for step in trainer.steps for g in step}
+    assert answered["1"].index(max(answered["1"])) == 1 and len(set(answered["9"])) == 1
+    status = json.loads(trainer.redis.hget(Keys(chosen.run.name).status, "orchestrator"))
+    assert (status["state"], status["groups_pushed"], status["groups_in_flight"]) == ("finished", 20, 0)
+
+
+async def test_on_policy_and_repeatable(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(pacing__max_staleness=0, run__deterministic=True)
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(STEPS)
+        assert await over(task) == 0
+    complete(trainer)
+    assert set(trainer.staleness) == {0}
+    assert [[group.index for group in step] for step in trainer.steps] == [
+        list(range(start, start + PER_STEP)) for start in range(0, STEPS * PER_STEP, PER_STEP)
+    ]
+    index_of = {group.group_id: group.index for step in trainer.steps for group in step}
+    for batch in rollouts.batches:
+        first, second = (index_of[request.group_id] for request in batch.requests)
+        assert first % 2 == 0 and second == first + 1, "chunks are aligned by index"
+        for request in batch.requests:
+            assert request.sampling.seed == group_seed(3, request.group_id)
+            assert request.min_weight_version == Version(version=first // PER_STEP)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+async def test_kill_nine_loses_and_repeats_nothing(
+    make_recipe, clean, rollouts, reward_server, tmp_path, deterministic
+):
+    chosen = make_recipe(run__deterministic=deterministic, pacing__max_staleness=0 if deterministic else 1)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(yaml.safe_load(recipe.dump(chosen)) | {"queue": {"url": clean.url}}, sort_keys=False)
+    )
+    addresses = [f"rollout.urls=['{rollouts.url}']", f"scorer.urls=['{reward_server}']"]
+    command = [sys.executable, "-m", "services.cli.main", "orchestrate", str(path), *addresses]
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    queue = GroupQueue(connect(clean.url), chosen.run.name)
+    out = (tmp_path / "out").open("wb")
+    first = subprocess.Popen(command, stdout=out, stderr=out)
+    second = None
+    try:
+        await trainer.start()
+        await trainer.train(2)
+        await until(lambda: len(rollouts.made) >= 2 * PER_STEP + 2, "the next step is under way")
+        rollouts.gate.clear()
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        await asyncio.sleep(0.1)
+        before = await queue.seen()
+        made_before = len(rollouts.batches)
+        # What is left of a chunk whose groups were pushed one by one: half of it.
+        cut = sorted((group for step in trainer.steps for group in step), key=lambda group: group.index)[0].group_id
+        trainer.redis.hdel(Keys(chosen.run.name).pushed, cut)
+        rollouts.gate.set()
+        second = subprocess.Popen(command, stdout=out, stderr=out)
+        await until(lambda: len(rollouts.batches) > made_before, "the second one asks for groups")
+        again = rollouts.batches[made_before]
+        asked = [request.group_id for request in again.requests]
+        assert cut in asked and len(asked) == (2 if deterministic else 1), "the whole batch, only if it must be"
+        trainer.redis.hset(Keys(chosen.run.name).pushed, cut, b"0-0")  # it was pushed: the new copy is a duplicate
+        await trainer.train(STEPS - 2)
+        await asyncio.to_thread(second.wait, SECONDS)
+        assert second.returncode == 0, (tmp_path / "out").read_text()
+    finally:
+        for process in (first, second):
+            if process and process.poll() is None:
+                process.kill()
+                process.wait()
+        out.close()
+    complete(trainer)
+    asked_later = {r.group_id for batch in rollouts.batches[made_before + 1 :] for r in batch.requests}
+    if not deterministic:
+        assert not asked_later & before, "what was pushed is not made again"
+
+
+async def test_a_new_lineage_makes_running_completions_stale(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(pacing__max_staleness=0)
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(3)
+        rollouts.gate.clear()
+        await until(lambda: rollouts.running == 2, "step 3 is being made by 0.3")
+        # The trainer falls back to its checkpoint of step 2, and trains the entries of step 2 once more.
+        restarted = Trainer(clean.url, chosen.run.name, rollouts)
+        restarted.steps, restarted.version = trainer.steps[:2], 2
+        for group in trainer.steps[2]:
+            restarted.redis.hdel(Keys(chosen.run.name).pushed, group.group_id)
+            assert await restarted.queue.push(group)
+        await restarted.start()
+        assert restarted.lineage == 1
+        rollouts.gate.set()
+        await until(lambda: rollouts.running == 0, "the old completions are done")
+        await asyncio.sleep(0.3)
+        assert (await restarted.queue.depth()).queued == PER_STEP, "only the old step's groups: the new ones are stale"
+        await restarted.train(3)
+        assert await over(task) == 0
+    complete(restarted)
+    versions = [{c.weight_version for g in step for c in g.completions} for step in restarted.steps]
+    assert versions[3:] == [{Version(lineage=1, version=3)}, {Version(lineage=1, version=4)}]
+    last = rollouts.batches[-1].requests[0]
+    assert last.min_weight_version == Version(lineage=1, version=4)
+
+
+async def test_one_of_two_rollout_servers_dies(make_recipe, clean, reward_server):
+    chosen = make_recipe()
+    one, two = RolloutServer(), RolloutServer()
+    trainer = Trainer(clean.url, chosen.run.name, one, two)
+    with served(two.app) as second, ExitStack() as mortal:
+        first = mortal.enter_context(served(one.app))
+        async with running(chosen, clean, [first, second], reward_server) as task:
+            await trainer.start()
+            await trainer.train(2)
+            assert one.made and two.made, "the load is spread"
+            two.gate.clear()
+            await trainer.queue.depth()
+            one.gate.clear()
+            await asyncio.to_thread(mortal.close)  # cuts what runs there
+            two.gate.set()
+            made_by_one = set(one.made)
+            await trainer.train(STEPS - 2)
+            assert await over(task) == 0
+    complete(trainer)
+    trained = {group.group_id for step in trainer.steps for group in step}
+    assert trained <= set(two.made) | made_by_one
+
+
+async def test_a_refused_group_is_buried_and_replaced(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(pacing__max_staleness=0, data__shuffle=False)
+    rollouts.refuse = {"say 5"}
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(STEPS)
+        assert await over(task) == 0
+    # "say 5" is index 5, and index 18 of the second epoch (13 tasks); one more group is made for each.
+    assert sorted(trainer.indices) == [index for index in range(STEPS * PER_STEP + 2) if index not in (5, 18)]
+    dead = await trainer.queue.dead()
+    assert [group.index for group in dead] == [5, 18]
+    assert "422 Too long: the prompt is too long" in dead[0].reason
+    assert set(trainer.staleness) == {0}
+
+
+async def test_groups_that_the_trainer_gives_up_are_replaced(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(pacing__max_staleness=0)
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    keys = Keys(chosen.run.name)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await until(lambda: trainer.redis.xlen(keys.groups) == PER_STEP, "the first step is made")
+        # A damaged entry: the queue dead-letters it when the trainer pulls it.
+        entry_id, fields = trainer.redis.xrange(keys.groups)[1]
+        trainer.redis.xdel(keys.groups, entry_id)
+        trainer.redis.xadd(keys.groups, {**fields, b"group": b"\xc1"})
+        await trainer.train(STEPS)
+        assert await over(task) == 0
+    lost = int(fields[b"index"])
+    assert sorted(trainer.indices) == [index for index in range(STEPS * PER_STEP + 1) if index != lost]
+    assert set(trainer.staleness) == {0}
+
+
+async def test_nothing_but_refusals_ends_the_run(make_recipe, clean, rollouts, reward_server):
+    rollouts.refuse = {"everything"}
+    chosen = make_recipe()
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        with pytest.raises(RunFailed, match=r"1\d groups in a row failed for good, .*422 Too long"):
+            await over(task)
+    assert (await trainer.queue.depth()).dead >= 11
+
+
+async def test_a_lost_spec_is_put_again(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe()
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task, RewardClient(reward_server) as client:
+        await trainer.start()
+        await trainer.train(2)
+        await client.delete_spec(chosen.run.name)
+        await trainer.train(STEPS - 2)
+        assert await over(task) == 0
+    complete(trainer)
+    assert {group.spec_id for step in trainer.steps for group in step} == {chosen.spec.spec_id}
+
+
+async def test_a_token_that_is_refused_buries_nothing(make_recipe, clean, rollouts, monkeypatch):
+    """The servers check it at once; a run whose token is withdrawn later ends before its groups are given up."""
+    chosen = make_recipe()
+    settings = reward_app.Settings(http=http.HttpSettings(api_token="secret", admin_token="root"), verifier_workers=1)
+    with served(reward_app.create(settings)) as url:
+        async with running(chosen, clean, rollouts.url, url) as task:
+            with pytest.raises(StartupError, match="cannot be used as a reward server: .*401 Token needed"):
+                await over(task)
+        monkeypatch.setenv("RLIF_API_TOKEN", "secret")
+        async with running(chosen, clean, rollouts.url, url) as task:
+            with pytest.raises(StartupError, match="is refused: .*403 Admin token needed"):
+                await over(task)
+        monkeypatch.setenv("RLIF_ADMIN_TOKEN", "root")
+        trainer = Trainer(clean.url, chosen.run.name, rollouts)
+        async with running(chosen, clean, rollouts.url, url) as task:
+            await trainer.start()
+            await trainer.train(1)
+            rollouts.forbidden = True
+            with pytest.raises(RunFailed, match="the rollout server cannot be used: .*403 Forbidden"):
+                await trainer.train(1)
+                await over(task)
+    assert (await trainer.queue.depth()).dead == 0
+
+
+async def test_a_spec_that_was_swapped_while_the_run_went_on_outlives_a_restart(
+    make_recipe, clean, rollouts, reward_server
+):
+    chosen = make_recipe()
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    swapped = RewardSpec(rewards=[{"name": "length"}])
+    async with RewardClient(reward_server) as client:
+        async with running(chosen, clean, rollouts.url, reward_server) as task:
+            await trainer.start()
+            await trainer.train(1)
+            await cancel(task)
+        await client.put_spec(chosen.run.name, swapped)
+        async with running(chosen, clean, rollouts.url, reward_server) as task:
+            await trainer.train(STEPS - 1)
+            assert await over(task) == 0
+        assert trainer.steps[-1][0].spec_id == swapped.spec_id
+        # Another recipe means another will.
+        changed = make_recipe(rewards=[{"name": "random"}], trainer__steps=STEPS + 1)
+        async with running(changed, clean, rollouts.url, reward_server) as task:
+            await trainer.train(1)
+            assert await over(task) == 0
+        assert trainer.steps[-1][0].spec_id == changed.spec.spec_id
+
+
+async def test_redis_dies_and_comes_back(make_recipe, rollouts, reward_server, tmp_path):
+    chosen = make_recipe()
+    with EmbeddedRedis(tmp_path / "redis") as redis:
+        trainer = Trainer(redis.url, chosen.run.name, rollouts)
+        async with running(chosen, redis, rollouts.url, reward_server) as task:
+            await trainer.start()
+            await trainer.train(2)
+            rollouts.gate.clear()
+            os.kill(redis.pid, signal.SIGKILL)
+            redis.process.wait()
+            rollouts.gate.set()  # finished groups have nowhere to go for a while
+            await asyncio.sleep(0.5)
+            assert not task.done()
+            await asyncio.to_thread(redis.start)
+            await trainer.train(STEPS - 2)
+            assert await over(task) == 0
+        complete(trainer)
+
+
+async def test_sigterm_lets_requests_finish(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe()
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        rollouts.gate.clear()
+        await until(lambda: rollouts.running == 4, "all that may be is under way")
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.2)
+        assert not task.done()
+        rollouts.gate.set()
+        assert await over(task) == 128 + signal.SIGTERM
+    assert (await trainer.queue.depth()).queued == 8
+    status = json.loads(trainer.redis.hget(Keys(chosen.run.name).status, "orchestrator"))
+    assert status["state"] == "stopping"
+
+
+async def test_the_trainer_says_when_it_is_done(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe()
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(1)
+        done = json.dumps({"state": "done", "at": time.time()})
+        trainer.redis.hset(Keys(chosen.run.name).status, "trainer", done)
+        assert await over(task) == 0
+
+
+async def test_a_silent_trainer_is_named(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(trainer__batch_deadline_seconds=1.0)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        with pytest.raises(RunFailed, match="the trainer did not publish its first weights within 1 s"):
+            await over(task)
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        with pytest.raises(RunFailed, match=r"weights newer than 0.0 within 1 s \(8 groups queued, 0 being trained\)"):
+            await over(task)
+
+
+async def test_servers_that_do_not_fit_are_refused(make_recipe, clean, rollouts, reward_server):
+    other = RolloutServer(vocab_size=1000)
+    with served(other.app) as url:
+        async with running(make_recipe(), clean, [rollouts.url, url], reward_server) as task:
+            trainer = Trainer(clean.url, make_recipe().run.name, rollouts, other)
+            await trainer.start()
+            with pytest.raises(StartupError, match=r"vocabulary of (1000|288), but .* serves one of (1000|288)"):
+                await over(task)
+    async with running(make_recipe(), clean, reward_server, reward_server) as task:
+        with pytest.raises(StartupError, match="cannot be used as a rollout server"):
+            await over(task)
+
+
+@pytest.mark.parametrize(
+    "rewards, message",
+    [
+        ("no_such_spec", "knows no spec 'no_such_spec'"),
+        ([{"name": "no_such_reward"}], "there is no reward 'no_such_reward'"),
+        ([{"name": "self_certainty"}], "self_certainty cannot be computed here"),
+    ],
+)
+async def test_rewards_that_cannot_be_computed_are_refused(
+    make_recipe, clean, rollouts, reward_server, rewards, message
+):
+    async with running(make_recipe(rewards=rewards), clean, rollouts.url, reward_server) as task:
+        with pytest.raises(StartupError, match=message):
+            await over(task)
+
+
+async def test_a_named_spec_is_used(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(rewards="exact_match")
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(STEPS)
+        assert await over(task) == 0
+    assert set(trainer.steps[0][0].scores[0].components) == {"exact_match"}
+
+
+@contextmanager
+def two_free_ports():
+    """A port and the next one."""
+    for port in range(20000 + os.getpid() % 10000, 60000, 2):
+        try:
+            with http.listen("127.0.0.1", port), http.listen("127.0.0.1", port + 1):
+                pass
+        except StartupError:
+            continue
+        yield port
+        return
+
+
+async def test_metrics_and_status_are_served(make_recipe, clean, rollouts, reward_server):
+    with two_free_ports() as port:
+        chosen = make_recipe(tracking__metrics_port=port)
+        trainer = Trainer(clean.url, chosen.run.name, rollouts)
+        async with running(chosen, clean, rollouts.url, reward_server) as task, httpx.AsyncClient() as client:
+            base = f"http://127.0.0.1:{port + 1}"
+
+            async def get(path: str) -> httpx.Response:
+                try:
+                    return await client.get(base + path)
+                except httpx.TransportError:
+                    return httpx.Response(599)
+
+            ends = time.monotonic() + SECONDS
+            while (answer := await get("/readyz")).status_code == 599:
+                assert time.monotonic() < ends
+                await asyncio.sleep(0.05)
+            assert answer.status_code == 503 and "trainer" in answer.json()["dependencies"]["weights"]
+            await trainer.start()
+            await trainer.train(1)
+            while (await get("/readyz")).status_code != 200:
+                assert time.monotonic() < ends
+                await asyncio.sleep(0.05)
+            status = (await get("/v1/status")).json()
+            assert status["groups_pushed"] >= PER_STEP
+            text = (await get("/metrics")).text
+            for name in ("groups_total", "staleness_versions_bucket", "call_seconds_bucket", "groups_in_flight"):
+                assert f"rlif_orchestrator_{name}" in text
+            assert f'rlif_queue_groups{{run="{chosen.run.name}",state="queued"}}' in text
+            await trainer.train(STEPS - 1)
+            assert await over(task) == 0
