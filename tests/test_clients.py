@@ -425,21 +425,12 @@ async def test_patience_ends_and_names_the_servers():
         await routes.close()
 
 
-async def test_a_limit_bounds_the_calls_at_one_server(pair):
+async def test_an_hour_of_rest_does_not_outlast_the_patience(pair):
     (a, one), _ = pair
-    running = most = 0
-
-    async def action(client: RolloutClient) -> str:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        name = await generate(client)
-        running -= 1
-        return name
-
-    routes = routes_to([a], limit=1)
-    await asyncio.gather(*(routes.call(action) for _ in range(5)))
-    assert most == 1
+    one.failures = [busy(**{"Retry-After": "3600"})]
+    routes = routes_to([a], patience=0.5)
+    with pytest.raises(Unavailable, match="no rollout server could be used for 0.5 s: .*503 Busy: loading"):
+        await routes.call(generate)
     await routes.close()
 
 
