@@ -27,7 +27,7 @@ from services.keys import Keys
 from services.orchestrator.chunk import RunFailed
 from services.orchestrator.run import orchestrate
 from services.queue import GroupQueue
-from services.redis import EmbeddedRedis, cancel, connect, connect_sync
+from services.redis import EmbeddedRedis, cancel, connect, connect_sync, insist
 from services.spec import RewardSpec
 from services.weights import pointer
 
@@ -630,3 +630,20 @@ async def test_metrics_and_status_are_served(make_recipe, clean, rollouts, rewar
             assert f'rlif_queue_groups{{run="{chosen.run.name}",state="queued"}}' in text
             await trainer.train(STEPS - 1)
             assert await over(task) == 0
+
+
+async def test_one_cancellation_ends_a_task_that_talks_to_redis(clean):
+    """Of single cancellations of bare redis-py calls, Python 3.11 loses about a third."""
+    redis = connect(clean.url)
+
+    async def talk() -> None:
+        while True:
+            await insist(lambda: redis.get("a"), "a test", SECONDS)
+
+    for number in range(60):
+        task = asyncio.create_task(talk())
+        await asyncio.sleep(0.0003 * number)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=5)
+        assert done and task.cancelled()
+    await redis.aclose()
