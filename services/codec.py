@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 INT32, FLOAT32 = 1, 2
 ARRAYS = {"token_ids": INT32, "prompt_token_ids": INT32, "completion_token_ids": INT32, "logprobs": FLOAT32}
-"""Fields that are packed as arrays wherever they occur. float32 is what engines compute, so nothing is rounded twice."""
+"""Fields that are packed as arrays wherever they occur. float32 is what engines compute: nothing is rounded twice."""
 DTYPES = {INT32: np.dtype("<i4"), FLOAT32: np.dtype("<f4")}
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -145,7 +145,7 @@ class Outcome(StrEnum):
 
 
 FAILED = frozenset({Outcome.unparsable, Outcome.timeout, Outcome.error, Outcome.skipped})
-"""Outcomes that carry no value: the score is missing, never 0. (`no_answer` is a judgement: the completion gave none.)"""
+"""Outcomes that carry no value: the score is missing, never 0. (`no_answer` is a judgement: none was given.)"""
 
 
 class Score(Wire):

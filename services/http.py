@@ -159,7 +159,8 @@ class _NegotiatedRoute(APIRoute):
                 request.scope["rlif.msgpack"] = True
                 MutableHeaders(scope=request.scope)["content-type"] = "application/json"
             response = await handle(_BodyRequest(request.scope, request.receive))
-            if MSGPACK in request.headers.get("accept", "") and response.media_type == "application/json" and response.body:
+            wanted = MSGPACK in request.headers.get("accept", "")
+            if wanted and response.media_type == "application/json" and response.body:
                 return Response(codec.pack(orjson.loads(response.body)), response.status_code, media_type=MSGPACK)
             return response
 

@@ -20,7 +20,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    """`deterministic`: groups are sampled by seeds of their own ids, in batches whose make-up does not depend on timing."""
+    """`deterministic`: groups are sampled by seeds of their own ids, in batches that do not depend on timing."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     dir: Path

@@ -15,7 +15,7 @@ Normalize = Literal["group_std", "group_mean", "leave_one_out", "rank", "none"]
 
 
 class RewardTerm(Wire):
-    """One reward in a spec. `weight: 0` measures and logs it without training on it; `sources` routes by task source."""
+    """One reward in a spec. `weight: 0` measures it without training on it; `sources` routes by task source."""
 
     name: str = Field(min_length=1, max_length=64)
     weight: float = 1.0
