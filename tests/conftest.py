@@ -1,5 +1,7 @@
 """Fixtures that many tests share. Slow parts (models, engines, redis) start once per run."""
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +9,11 @@ import pytest
 from tiny import make_tiny_model
 
 from services.redis import EmbeddedRedis
+
+
+def pytest_configure() -> None:
+    if os.environ.get("RLIF_REQUIRE_VLLM") and importlib.util.find_spec("vllm") is None:
+        raise pytest.UsageError("RLIF_REQUIRE_VLLM is set but vLLM is not installed: its tests would be skipped")
 
 
 @pytest.fixture(scope="session")
