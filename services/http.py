@@ -15,10 +15,12 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 import uvicorn
@@ -75,6 +77,8 @@ class HttpSettings:
     admin_token: str | None = None
     max_body_bytes: int = 64 * 2**20
     max_concurrent: int = 256
+    body_seconds: float = 60.0
+    """How long a client may be silent in the middle of a body, before it loses its place to others."""
 
 
 def is_loopback(host: str) -> bool:
@@ -208,7 +212,7 @@ class _Gate:
             late = Problem(504, "The deadline passed", f"X-Deadline-Seconds: {deadline:g} s were not enough")
             await _problem_response(late)(scope, receive, answer)
         except Exception as error:
-            log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            log.error("%s %s failed", scope["method"], _shown_path(scope), exc_info=error)
             if status:
                 raise
             crash = Problem(500, "Internal error", f"logged under request id {request_id.get()}")
@@ -221,7 +225,7 @@ class _Gate:
             REQUESTS.labels(self.service, route, str(status if finished else 499)).inc()
             SECONDS.labels(self.service, route).observe(seconds)
             level = logging.INFO if counted else logging.DEBUG
-            log.log(level, "%s %s -> %s in %.3f s", scope["method"], scope["path"], status or "gone", seconds)
+            log.log(level, "%s %s -> %s in %.3f s", scope["method"], _shown_path(scope), status or "gone", seconds)
 
     def _admit(self, scope: Scope, headers: Headers) -> float | None:
         """The deadline in seconds, or none. Raises Problem."""
@@ -250,11 +254,20 @@ class _Gate:
         scope["rlif.admin"] = is_admin if admin else is_loopback(self.settings.host)
 
     def _bounded(self, receive: Receive) -> Receive:
-        seen = 0
+        seen, is_whole = 0, False
 
         async def bounded() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, is_whole
+            if is_whole:  # what still comes is the end of the connection
+                return await receive()
+            try:
+                async with asyncio.timeout(self.settings.body_seconds) as limit:
+                    message = await receive()
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise HTTPException(408, f"no more of the body came within {self.settings.body_seconds:g} s") from None
+            is_whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self.settings.max_body_bytes:
                 # FastAPI lets HTTPException through while it reads a body, and hides any other error.
@@ -266,6 +279,11 @@ class _Gate:
 
 def _is_open(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+def _shown_path(scope: Scope) -> str:
+    """The path as it was sent: decoded it may hold line breaks, and with them log lines of the client's making."""
+    return quote(scope["path"][:200], safe="/:@!$&'()*+,;=")
 
 
 def _same(given: str, known: str | None) -> bool:
@@ -311,8 +329,9 @@ def create_app(
 
     `ready()` returns each dependency's state: "ok", or why it is not. It is called on every probe and must be quick.
     """
+    noted = None if lifespan is None else _noting_refusal(lifespan)
     app = FastAPIOffline(
-        title=f"rlif {service}", version=version, lifespan=lifespan, description=description, redoc_url=None
+        title=f"rlif {service}", version=version, lifespan=noted, description=description, redoc_url=None
     )
     app.router.route_class = _NegotiatedRoute
     app.add_middleware(_Gate, service=service, settings=settings)
@@ -350,6 +369,21 @@ def create_app(
     return app
 
 
+def _noting_refusal(lifespan: Callable) -> Callable:
+    """The lifespan, which leaves a StartupError in `app.state.refusal`: uvicorn would only log its traceback."""
+
+    @asynccontextmanager
+    async def noted(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with lifespan(app):
+                yield
+        except StartupError as error:
+            app.state.refusal = error
+            raise
+
+    return noted
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket (port 0: any free one). Raises StartupError when the address is taken or not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -374,7 +408,14 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
     )
     server = uvicorn.Server(config)
     log.info("listening on http://%s:%d", host, bound.getsockname()[1])
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not hasattr(app.state, "refusal"))
     with bound:
-        server.run(sockets=[bound])
+        try:
+            server.run(sockets=[bound])
+        except SystemExit:  # uvicorn's own code for a start-up that failed
+            if server.started:
+                raise
+    if hasattr(app.state, "refusal"):
+        raise app.state.refusal
     if not server.started:
         raise StartupError("the service failed to start; the log above says why")

@@ -1,6 +1,7 @@
 """The rules every service's HTTP obeys, through a real server."""
 
 import asyncio
+import socket
 
 import httpx
 import pytest
@@ -172,6 +173,23 @@ def test_concurrency_limit():
     statuses = sorted(answer.status_code for answer in answers)
     assert statuses == [429] * 4 + [504] * 2
     assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
+
+
+def test_a_client_that_never_sends_the_rest_of_its_body_loses_its_place():
+    with served(make_app(max_concurrent=1, body_seconds=0.3)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            head = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            client.sendall(head)
+            assert client.recv(100).startswith(b"HTTP/1.1 408")
+        assert httpx.post(f"{url}/echo", json={"items": [ITEM]}).status_code == 200
+
+
+def test_a_path_cannot_forge_log_lines(open_url, caplog):
+    caplog.set_level("INFO", logger="services.http")
+    assert httpx.get(f"{open_url}/%0A2026%20ERROR%20forged%1b[31m").status_code == 404
+    assert httpx.get(f"{open_url}/nowhere").status_code == 404
+    assert "GET /%0A2026%20ERROR%20forged%1B%5B31m -> 404" in caplog.text
 
 
 def test_no_token_beyond_loopback(monkeypatch):
