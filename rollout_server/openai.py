@@ -17,8 +17,8 @@ from rollout_server.engines.base import Prompt
 from rollout_server.engines.generation import Token
 from rollout_server.engines.stopping import cut
 from rollout_server.engines.transformers import TransformersEngine
-from rollout_server.prompts import encode
-from services.contract import Completion, Message, Sampling
+from rollout_server.prompts import check_size, encode
+from services.contract import Completion, Message, Sampling, Temperature
 from services.http import Problem
 
 TokenIds = Annotated[list[int], Field(min_length=1)]
@@ -38,7 +38,7 @@ class Body(BaseModel):
 
     model: str | None = None
     n: int = Field(1, ge=1, le=1024)
-    temperature: float = Field(1.0, ge=0, le=100)
+    temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1)
     stop: str | list[str] | None = None
@@ -108,6 +108,7 @@ def attach(app: FastAPI, engine: TransformersEngine) -> None:
         texts = await asyncio.to_thread(_prompts, engine, body.prompt)
         sampling = body.sampling(body.max_tokens or engine.max_model_len)
         prompts = [Prompt("openai", token_ids, body.n, sampling) for token_ids in texts]
+        check_size(engine, prompts, "n")
         shape = CompletionShape(engine.tokenizer, body.logprobs is not None, name)
         return await _answer(engine, request, body, prompts, shape, body.logprobs or 0)
 
@@ -118,6 +119,7 @@ def attach(app: FastAPI, engine: TransformersEngine) -> None:
         token_ids = await asyncio.to_thread(encode, engine, "messages", body.messages)
         sampling = body.sampling(body.max_completion_tokens or body.max_tokens or engine.max_model_len)
         prompts = [Prompt("openai", token_ids, body.n, sampling)]
+        check_size(engine, prompts, "n")
         shape = ChatShape(engine.tokenizer, body.logprobs, name)
         return await _answer(engine, request, body, prompts, shape, (body.logprobs and body.top_logprobs) or 0)
 

@@ -7,6 +7,28 @@ from services.api import RolloutRequest
 from services.contract import Message
 from services.http import Problem
 
+LONGEST_TOKEN = 128
+"""Characters. A text that would not fit if all its tokens were that long is refused without tokenizing it."""
+MOST_TOKENS = 2**24
+"""Completion tokens that one call may ask for in all: they are kept in memory until it is answered."""
+
+
+def check_size(engine: Engine, prompts: list[Prompt], field: str) -> None:
+    """Raises Problem (422) when the completions asked for would be too many tokens in all."""
+    room = engine.max_model_len
+    most = sum(prompt.n * min(prompt.sampling.max_tokens, room - len(prompt.token_ids)) for prompt in prompts)
+    if most > MOST_TOKENS:
+        detail = f"completions x `max_tokens` come to {most} tokens, at most {MOST_TOKENS} go into one call"
+        raise Problem(422, "The call asks for too much", detail, field)
+
+
+def _tokens(engine: Engine, text: str, field: str, **options: Any) -> list[int]:
+    most = LONGEST_TOKEN * engine.max_model_len
+    if len(text) > most:
+        detail = f"at most {most} characters for {engine.max_model_len} tokens (got {len(text)})"
+        raise Problem(422, "The prompt is too long", detail, field)
+    return engine.tokenizer(text, **options).input_ids
+
 
 def encode(
     engine: Engine,
@@ -17,9 +39,9 @@ def encode(
 ) -> list[int]:
     """The prompt's token ids. `field` is where the request holds it. Raises Problem (422)."""
     if messages is not None:
-        token_ids = _chat(engine.tokenizer, messages, field)
+        token_ids = _chat(engine, messages, field)
     elif prompt is not None:
-        token_ids = engine.tokenizer(prompt).input_ids
+        token_ids = _tokens(engine, prompt, field)
     if not token_ids:
         raise Problem(422, "The prompt is empty", "it has no tokens", field)
     if min(token_ids) < 0 or max(token_ids) >= engine.vocab_size:
@@ -33,7 +55,8 @@ def encode(
     return token_ids
 
 
-def _chat(tokenizer: Any, messages: list[Message], field: str) -> list[int]:
+def _chat(engine: Engine, messages: list[Message], field: str) -> list[int]:
+    tokenizer = engine.tokenizer
     if not tokenizer.chat_template:
         raise Problem(422, "No chat template", "the model's tokenizer has none; send `prompt` instead", field)
     turns = [message.model_dump() for message in messages]
@@ -42,7 +65,7 @@ def _chat(tokenizer: Any, messages: list[Message], field: str) -> list[int]:
     except Exception as error:  # a template is a program of the model's author, with errors of its own
         raise Problem(422, "The chat template refuses these messages", str(error)[:300], field) from error
     # The template writes the special tokens itself.
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return _tokens(engine, text, field, add_special_tokens=False)
 
 
 def rollout_prompts(engine: Engine, requests: list[RolloutRequest]) -> list[Prompt]:
@@ -54,4 +77,5 @@ def rollout_prompts(engine: Engine, requests: list[RolloutRequest]) -> list[Prom
             engine, f"requests[{place}].{given}", request.messages, request.prompt, request.prompt_token_ids
         )
         prompts.append(Prompt(request.group_id, token_ids, request.n, request.sampling))
+    check_size(engine, prompts, "requests")
     return prompts

@@ -4,7 +4,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from services.contract import Completion, FinishReason, GroupScores, Message, Sampling, Task, Version, Wire
+from services.contract import (
+    LOWEST_TEMPERATURE,
+    Completion,
+    FinishReason,
+    GroupScores,
+    Message,
+    Sampling,
+    Task,
+    Version,
+    Wire,
+)
 
 TokenId = int
 
@@ -75,7 +85,7 @@ class ScoreRequest(Wire):
     items: list[ScoreItem] = Field(min_length=1, max_length=4096)
     metrics: list[str] = Field(default=["self_certainty"], min_length=1, max_length=32)
     per_token: bool = False
-    temperature: float = Field(1.0, gt=0, le=100)
+    temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE, le=100)
     preset: Literal["paper", "open_r1", "verl"] = "paper"
     min_weight_version: Version | None = None
 

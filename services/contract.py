@@ -9,11 +9,22 @@ import hashlib
 import math
 from enum import StrEnum
 from functools import total_ordering
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 FinishReason = Literal["stop", "length", "abort"]
+LOWEST_TEMPERATURE = 1e-4
+"""Below it, logits divided by the temperature are no longer finite in float32."""
+
+
+def _sharp_or_greedy(temperature: float) -> float:
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise ValueError(f"0 (greedy), or at least {LOWEST_TEMPERATURE:g}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_sharp_or_greedy)]
 
 
 class Wire(BaseModel):
@@ -90,12 +101,12 @@ class Task(Wire):
 class Sampling(Wire):
     """How completions are drawn. `top_k: 0` and `top_p: 1` switch those filters off; `temperature: 0` is greedy."""
 
-    temperature: float = Field(1.0, ge=0, le=100)
+    temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     max_tokens: int = Field(256, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: list[str] = Field(default_factory=list, max_length=16)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
 
 
 class Completion(Wire):

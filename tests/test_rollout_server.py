@@ -124,6 +124,9 @@ def test_the_model_is_described_and_the_server_ready(url):
         ({"prompt": None, "prompt_token_ids": [3, 288]}, "requests[1].prompt_token_ids", "0 to 287 (got 288)"),
         ({"prompt": None, "prompt_token_ids": [-1]}, "requests[1].prompt_token_ids", "0 to 287 (got -1)"),
         ({"sampling": {"temperature": -1}}, "requests[1].sampling.temperature", "greater than or equal to 0"),
+        ({"sampling": {"temperature": 1e-40}}, "requests[1].sampling.temperature", "at least 0.0001"),
+        ({"sampling": {"stop": [""]}}, "requests[1].sampling.stop[0]", "at least 1 character"),
+        ({"prompt": "x" * 100_000}, "requests[1].prompt", "at most 25600 characters for 200 tokens"),
         ({"n": 0}, "requests[1].n", "greater than or equal to 1"),
         ({"nn": 1}, "requests[1].nn", "not permitted"),
     ],
@@ -134,6 +137,14 @@ def test_bad_requests_name_their_field(url, change, field, says):
     assert answer.status_code == 422 and answer.headers["content-type"] == "application/problem+json"
     [error] = answer.json()["errors"]
     assert error["field"] == field and says in error["message"]
+
+
+def test_a_call_that_asks_for_more_tokens_than_fit_in_memory_is_refused(url):
+    one = {"group_id": "a", "prompt": "a", "n": 1024, "sampling": {"max_tokens": 2**40}}
+    answer = post(url, "/v1/rollouts", {"requests": [one] * 100})
+    assert answer.status_code == 422 and "20377600 tokens, at most 16777216" in answer.json()["detail"]
+    answer = post(url, "/v1/completions", {"prompt": ["a"] * 100, "n": 1024, "max_tokens": None})
+    assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == "n"
 
 
 def test_a_version_nobody_publishes_is_a_503_that_says_so(url):
@@ -176,6 +187,7 @@ def test_every_route_asks_for_the_token(tiny_model):
     "change, says",
     [
         ({"model": "/no/such/folder"}, "--model /no/such/folder: no such folder"),
+        ({"dtype": "int7"}, "--dtype int7: choose one of float32, bfloat16"),
         ({"engine": "ollama"}, "--engine ollama: choose one of transformers, vllm"),
         ({"redis_url": "http://x", "run_id": "r"}, "redis url"),
         ({"redis_url": "redis://x"}, "both the Redis URL and the name of the run"),

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from fastapi import FastAPI
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rollout_server.engines.base import Aborted, EngineSettings, Prompt, check_shapes, tensor_shapes
@@ -23,6 +24,8 @@ from services.contract import Completion, Version
 from services.http import StartupError
 
 log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TransformersEngine:
@@ -40,6 +43,8 @@ class TransformersEngine:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise StartupError(f"--model {settings.served_name}: cannot be loaded: {reason}") from error
+        if len(self.tokenizer) < 2:  # what transformers makes up for a folder that has no tokenizer
+            raise StartupError(f"--model {settings.served_name}: has no tokenizer files")
         if not fits(config):
             raise StartupError(f"--model {settings.served_name}: has layers other than attention; use --engine vllm")
         self.config = config
@@ -48,6 +53,8 @@ class TransformersEngine:
         if settings.max_model_len and longest and settings.max_model_len > longest:
             raise StartupError(f"--max-model-len {settings.max_model_len}: the model takes at most {longest}")
         self.max_model_len = settings.max_model_len or longest or 4096
+        if settings.dtype not in DTYPES:
+            raise StartupError(f"--dtype {settings.dtype}: choose one of {', '.join(DTYPES)}")
         self.device = torch.device(_device(settings.device))
         self.version = Version()
         self.fault = "the model is not loaded yet"
@@ -61,12 +68,16 @@ class TransformersEngine:
         await asyncio.get_running_loop().run_in_executor(self._worker, self._start)
 
     def _start(self) -> None:
-        model = AutoModelForCausalLM.from_pretrained(
-            self.settings.model,
-            dtype=getattr(torch, self.settings.dtype),
-            attn_implementation="sdpa",
-            trust_remote_code=self.settings.trust_remote_code,
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.settings.model,
+                dtype=DTYPES[self.settings.dtype],
+                attn_implementation="sdpa",
+                trust_remote_code=self.settings.trust_remote_code,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise StartupError(f"--model {self.settings.served_name}: cannot be loaded: {reason}") from error
         self.model = cast(Any, model).to(self.device).eval()
         self.vocab_size = self.model.get_output_embeddings().weight.shape[0]
         stop_ids = self.model.generation_config.eos_token_id
