@@ -64,7 +64,7 @@ def create(settings: Settings) -> FastAPI:
     service = _scorer_service(settings)
     specs = _specs(settings, service is not None)
     workers = WorkerPool(settings.verifier_workers, warm_up=[math_verify.WARM_UP])
-    means = Means(workers, service, Encoder(service.scorer.tokenizer) if service else None)
+    means = Means(workers, service, Encoder(service.scorer.tokenizer, service.scorer.max_length) if service else None)
 
     def ready() -> dict[str, str]:
         states = {"verifier": workers.state, "specs": specs.store.state()}
@@ -107,6 +107,7 @@ def _scorer_service(settings: Settings) -> Any:
         return None
     try:
         import torch
+        from safetensors import SafetensorError
 
         from reward_server.scorer.service import ScorerService
         from reward_server.scorer.transformers import TransformersScorer
@@ -125,7 +126,7 @@ def _scorer_service(settings: Settings) -> Any:
             trust_remote_code=settings.trust_remote_code,
             ema_decay=settings.ema_decay if settings.follow == "ema" else None,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise StartupError(f"--model {settings.model}: {first_line}") from error
     return ScorerService(scorer, settings.follow, settings.deterministic)

@@ -21,9 +21,9 @@ def token_items(body: ScoreRequest, encoder: Encoder, check: Any) -> list[Any]:
     items = []
     for place, item in enumerate(body.items):
         prompt = encoder.prompt(f"items[{place}]", item.messages, item.prompt, item.prompt_token_ids)
-        completion = encoder.completion(item.completion, item.completion_token_ids)
-        made = TokenItem(prompt, completion, tuple(body.metrics), body.temperature, body.preset)
         try:
+            completion = encoder.completion(item.completion, item.completion_token_ids)
+            made = TokenItem(prompt, completion, tuple(body.metrics), body.temperature, body.preset)
             check(made)
         except ValueError as error:
             field, _, message = str(error).partition(": ")

@@ -9,10 +9,12 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
+from redis.exceptions import RedisError
 
 from reward_server.specs import BUILT_IN, SpecError, check_spec
 from services.http import Problem
@@ -78,7 +80,7 @@ class RedisStore:
 
     async def read_all(self) -> dict[str, bytes]:
         found = await self._insist(lambda: self.client.hgetall(self.key))
-        return {name.decode(): entry for name, entry in found.items()}
+        return {name.decode(errors="replace"): entry for name, entry in found.items()}
 
     async def change(self, name: str, edit: Callable[[bytes | None], bytes]) -> None:
         async def once() -> None:
@@ -106,6 +108,8 @@ class RedisStore:
             return await insist(call, "reward specs", REDIS_SECONDS)
         except DeadlineExceeded as error:
             raise Problem(503, "The reward specs cannot be read", str(error), retry_after=2) from error
+        except RedisError as error:
+            raise Problem(503, "The reward specs cannot be read", f"redis refuses: {error}") from error
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -157,9 +161,9 @@ class Specs:
     async def all(self) -> list[NamedSpec]:
         found = {name: NamedSpec(name, spec) for name, spec in self.built_in.items()}
         for name, entry in (await self.store.read_all()).items():
-            stored = _stored(name, entry)
-            if stored is not None:
-                found[name] = stored
+            with suppress(Problem):  # the others can be used all the same
+                if (stored := _stored(name, entry)) is not None:
+                    found[name] = stored
         return list(found.values())
 
     async def put(self, name: str, spec: RewardSpec) -> NamedSpec:
@@ -177,7 +181,12 @@ class Specs:
     async def delete(self, name: str) -> None:
         """Raises Problem: 409 for a built-in name, 404 when there is nothing to delete."""
         _check_name(name)
-        if _stored(name, await self.store.read(name)) is None:
+        entry = await self.store.read(name)
+        try:
+            is_there = _stored(name, entry) is not None
+        except Problem:
+            is_there = True
+        if not is_there:
             raise Problem(404, "Unknown spec", f"no spec {name!r} was put", "name")
         await self.store.change(name, lambda entry: _next_entry(entry, None))
         log.info("spec %s was deleted", name)
@@ -191,13 +200,22 @@ def _check_name(name: str) -> None:
 
 
 def _next_entry(before: bytes | None, spec: RewardSpec | None) -> bytes:
-    version = orjson.loads(before)["version"] + 1 if before else 1
+    try:
+        version = orjson.loads(before)["version"] + 1 if before else 1
+    except (ValueError, TypeError, KeyError):  # somebody else's words: a put replaces them
+        version = 1
     body = None if spec is None else spec.model_dump(mode="json")
     return orjson.dumps({"version": version, "spec": body, "updated_at": time.time()})
 
 
 def _stored(name: str, entry: bytes | None) -> NamedSpec | None:
-    fields = orjson.loads(entry) if entry else None
-    if fields is None or fields["spec"] is None:
-        return None
-    return NamedSpec(name, RewardSpec.model_validate(fields["spec"]), fields["version"], fields["updated_at"])
+    """Raises Problem (503): the entry is not one that a server wrote."""
+    try:
+        fields = orjson.loads(entry) if entry else None
+        if fields is None or fields["spec"] is None:
+            return None
+        return NamedSpec(name, RewardSpec.model_validate(fields["spec"]), fields["version"], fields["updated_at"])
+    except (ValueError, TypeError, KeyError) as error:
+        log.error("the stored spec %r is not valid: %s", name, type(error).__name__)
+        detail = f"what is stored as spec {name!r} is not a spec; put it anew"
+        raise Problem(503, "The stored spec is not valid", detail, "spec") from error

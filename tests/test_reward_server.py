@@ -16,6 +16,7 @@ from services.api import CompletionText, RewardGroup
 from services.clients import Refused, RewardClient
 from services.contract import Outcome, Reference, Task, Version
 from services.http import HttpSettings, StartupError
+from services.keys import Keys
 from services.redis import connect_sync
 from services.spec import RewardSpec, RewardTerm
 from services.weights.publish import Publisher
@@ -279,6 +280,25 @@ def test_specs_in_redis_outlive_a_restart_and_reach_replicas(redis_url):
         assert found["version"] == 2 and found["spec_id"] == RewardSpec.model_validate(SPEC).spec_id
         assert httpx.delete(f"{third}/v1/specs/mine").status_code == 204
         problem(httpx.get(f"{third}/v1/specs/mine"), 404)
+
+
+def test_a_stored_spec_that_is_none_harms_only_its_name(redis_url):
+    run_id = f"specs-{uuid.uuid4().hex}"
+    with served(create(Settings(redis_url=redis_url, run_id=run_id, verifier_workers=1))) as url:
+        with connect_sync(redis_url) as redis:
+            for place, poison in enumerate([b"garbage", b"[]", b'{"spec": {"rewards": 1}}', b'"text"']):
+                redis.hset(Keys(run_id).specs, f"bad{place}", poison)
+                assert "put it anew" in problem(httpx.get(f"{url}/v1/specs/bad{place}"), 503)["detail"]
+            redis.hset(Keys(run_id).specs, b"\xff", b"\xff")
+        assert httpx.get(f"{url}/v1/specs").status_code == 200
+        assert httpx.put(f"{url}/v1/specs/bad0", json=SPEC).json()["version"] == 1
+        assert httpx.get(f"{url}/v1/specs/bad0").status_code == 200
+        assert httpx.delete(f"{url}/v1/specs/bad1").status_code == 204
+        problem(httpx.get(f"{url}/v1/specs/bad1"), 404)
+        with connect_sync(redis_url) as redis:
+            redis.delete(Keys(run_id).specs)
+            redis.set(Keys(run_id).specs, "another type")
+        assert "WRONGTYPE" in problem(httpx.get(f"{url}/v1/specs"), 503)["detail"]
 
 
 # ---- the scorer ----------------------------------------------------------------------------------------------------

@@ -134,6 +134,8 @@ def test_every_reward_and_preset_is_a_spec_with_good_defaults():
         ({"name": "length", "params": {"scale": float("nan")}}, "rewards[1].params.scale", "finite"),
         ({"name": "exact_match", "params": {"regex": "("}}, "rewards[1].params.regex", "regular expression"),
         ({"name": "exact_match", "params": {"regex": r"\d"}}, "rewards[1].params.regex", "one group"),
+        ({"name": "format", "params": {"regex": "a{99999999999}"}}, "rewards[1].params.regex", "too large"),
+        ({"name": "format", "params": {"regex": "(" * 1500 + ")" * 1500}}, "rewards[1].params.regex", "too deeply"),
         ({"name": "repetition", "params": {"n": 0}}, "rewards[1].params.n", "greater than or equal to 1"),
     ],
 )

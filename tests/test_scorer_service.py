@@ -63,9 +63,9 @@ def spy(scorer, monkeypatch):
     rounds = []
     score = scorer.score
 
-    def spied(batch):
+    def spied(batch, *options):
         version = scorer.version
-        results = score(batch)
+        results = score(batch, *options)
         assert scorer.version == version
         rounds.append((list(batch), version))
         return results
@@ -78,10 +78,10 @@ def hold(scorer, monkeypatch):
     """The next round waits until the returned event is set; `entered` says that it has begun."""
     entered, release, score = threading.Event(), threading.Event(), scorer.score
 
-    def held(batch):
+    def held(batch, *options):
         entered.set()
         assert release.wait(30)
-        return score(batch)
+        return score(batch, *options)
 
     monkeypatch.setattr(scorer, "score", held)
     return entered, release
@@ -306,6 +306,27 @@ async def test_the_deadline_of_a_waiting_call(scorer, start, monkeypatch):
     assert len((await first).results) == 1
     assert len((await service.score(items(3))).results) == 3
     assert [len(batch) for batch, _ in rounds] == [3], "the call that was given up was scored all the same"
+
+
+async def test_a_call_that_was_given_up_is_not_scored_to_its_end(scorer, start, monkeypatch):
+    batches, forward, entered, release = [], scorer._score_batch, threading.Event(), threading.Event()
+
+    def held(batch, ends):
+        batches.append(len(batch))
+        entered.set()
+        assert release.wait(30)
+        return forward(batch, ends)
+
+    monkeypatch.setattr(scorer, "_score_batch", held)
+    monkeypatch.setattr(scorer, "max_batch_tokens", 1)
+    service = await start(scorer)
+    call = asyncio.create_task(service.score(items(20)))
+    await until(entered.is_set)
+    call.cancel()
+    await asyncio.sleep(0)
+    release.set()
+    assert len((await service.score(items(1))).results) == 1
+    assert batches == [1, 1]
 
 
 async def test_a_cancelled_caller_frees_its_place(scorer, start, monkeypatch):

@@ -128,6 +128,7 @@ async def test_hostile_answers_never_become_numbers_nor_hold_up_good_ones(pool):
 async def test_heavy_is_a_guess_about_cost():
     assert not any(heavy(text) for text in ["\\boxed{4}", "\\boxed{\\frac{3}{4}}", "x^2 + y^2 = 1", "Great! It is 12."])
     assert all(heavy(text) for text in HOSTILE)
+    assert all(heavy(text) for text in ["((9^{99})^{99})^{99}", "((((9^9)^9)^9)^9)^9", "(a+b+c+d)^{98}"])
     assert all(heavy(text) for text in ["\\boxed{9^{9^9}}", "(10^9)!", "\\sum_{k=1}^{9} k", "9^9^9^9", "((((((1))))))"])
 
 

@@ -31,6 +31,8 @@ COSTLY = re.compile(
     r"|\\(?:sum|prod|int|lim|binom)|(?:\\[dt]?frac.{0,12}){4}|(?:\\sqrt.{0,6}){4}"
     r"|(?:\^|\*\*)[\s{(]*\d{3,}"  # large exponents
     r"|(?:\^|\*\*)[\s{(\d]*(?:\^|\*\*)"  # towers of powers
+    r"|[)}\]]\s*(?:\^|\*\*)[\s{(]*\d\d"  # large powers of sums and of powers
+    r"|[)}\]]\s*(?:\^|\*\*).{0,8}[)}\]]\s*(?:\^|\*\*)"  # powers of powers of powers
     r"|[{(\[]\s*(?:[{(\[]\s*){5}"  # deep nesting
     r"|\d{40,}"
 )

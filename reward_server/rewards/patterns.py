@@ -15,8 +15,10 @@ WARM_UP = (CHECK, {"pattern": "a", "text": "a", "how": "search"})
 def _compiles(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise ValueError(f"not a regular expression: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not a regular expression that can be used: its groups are nested too deeply") from error
     return pattern
 
 

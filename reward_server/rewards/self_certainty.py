@@ -11,30 +11,31 @@ from pydantic import Field
 
 from reward_server.reward import Context, Params, Reward
 from services.api import RewardGroup
-from services.contract import Outcome, Score
+from services.contract import LOWEST_TEMPERATURE, Outcome, Score
 from services.http import Problem
 
 
 class SelfCertaintyParams(Params):
-    temperature: float = Field(1.0, gt=0, le=100, description="divides the logits first")
+    temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE, le=100, description="divides the logits first")
     preset: Literal["paper", "open_r1", "verl"] = Field("paper", description="the definition; see /v1/score")
 
 
 def _items(group: RewardGroup, params: SelfCertaintyParams, context: Context) -> list[Any]:
+    """What to score of each completion, or why it cannot be (a string)."""
     from reward_server.scorer.transformers import TokenItem
 
     task, encoder = group.task, context.encoder
     prompt = encoder.prompt(f"{context.field}.task", task.messages, task.prompt, group.prompt_token_ids)
-    return [
-        TokenItem(
-            prompt,
-            encoder.completion(item.text, item.token_ids),
-            ("self_certainty",),
-            params.temperature,
-            params.preset,
-        )
-        for item in group.completions
-    ]
+    items: list[Any] = []
+    for completion in group.completions:
+        try:
+            token_ids = encoder.completion(completion.text, completion.token_ids)
+            item = TokenItem(prompt, token_ids, ("self_certainty",), params.temperature, params.preset)
+            context.scorer.scorer.check(item)
+            items.append(item)
+        except ValueError as error:
+            items.append(str(error))
+    return items
 
 
 async def score(group: RewardGroup, params: SelfCertaintyParams, context: Context) -> list[Score]:
@@ -46,10 +47,8 @@ async def score(group: RewardGroup, params: SelfCertaintyParams, context: Contex
     items = await asyncio.to_thread(_items, group, params, context)
     scores: dict[int, Score] = {}
     for place, item in enumerate(items):
-        try:
-            context.scorer.scorer.check(item)
-        except ValueError as error:
-            scores[place] = Score.failed(Outcome.error, str(error))
+        if isinstance(item, str):
+            scores[place] = Score.failed(Outcome.error, item)
     sound = [place for place in range(len(items)) if place not in scores]
     if sound:
         remaining = max(0.0, context.deadline - time.monotonic())

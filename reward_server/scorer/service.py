@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from reward_server.scorer.transformers import ItemScores, TokenItem, TransformersScorer
+from reward_server.scorer.transformers import Abandoned, ItemScores, TokenItem, TransformersScorer
 from services.contract import Version
 
 log = logging.getLogger(__name__)
@@ -180,8 +180,14 @@ class ScorerService:
     async def _run_round(self, calls: list[_Call]) -> None:
         started = time.perf_counter()
         items = [item for call in calls for item in call.items]
+
+        def unwanted() -> bool:
+            return all(call.answer.done() for call in calls)
+
         try:
-            results, version = await self._in_thread(lambda: (self.scorer.score(items), self.scorer.version))
+            results, version = await self._in_thread(lambda: (self.scorer.score(items, unwanted), self.scorer.version))
+        except Abandoned:
+            return
         except _Stuck as error:
             for call in calls:
                 _fail(call, ScoringFailed(str(error)), "stuck")

@@ -5,7 +5,7 @@ causal model never looks right, so rows of real tokens are what they would be wi
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class ItemScores:
     per_token: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+class Abandoned(Exception):
+    """The scores are not wanted any more, so they were not computed to the end."""
+
+
 class TransformersScorer:
     """Scores token ids with a Hugging Face causal model. Not thread-safe: one thread calls `score` and `swap`.
 
@@ -81,6 +85,8 @@ class TransformersScorer:
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.path, self.device, self.max_batch_tokens = path, torch.device(device), max_batch_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        if len(self.tokenizer) < 2:  # what transformers makes up for a folder that has no tokenizer
+            raise ValueError("has no tokenizer files")
         model: Any = AutoModelForCausalLM
         self.model = model.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **source)
         self.model.to(self.device).eval().requires_grad_(False)
@@ -122,14 +128,19 @@ class TransformersScorer:
                 raise ValueError(f"{name}: {wrong} is not a token id of this model (0 to {self.vocab_size - 1})")
 
     @torch.inference_mode()
-    def score(self, items: Sequence[TokenItem]) -> list[ItemScores]:
-        """Scores in the order of the items. Raises ValueError (see `check`) before anything is computed."""
+    def score(self, items: Sequence[TokenItem], unwanted: Callable[[], bool] = lambda: False) -> list[ItemScores]:
+        """Scores in the order of the items. Raises ValueError (see `check`) before anything is computed.
+
+        `unwanted` is asked before every batch; Abandoned is raised when nobody waits for the scores any more.
+        """
         for item in items:
             self.check(item)
         ends = [self._scored_length(item) for item in items]
         results = [ItemScores(0)] * len(items)
         full = sorted((index for index, end in enumerate(ends) if end), key=lambda index: (-len(items[index]), index))
         for batch in _batches(full, [len(item) for item in items], self.max_batch_tokens):
+            if unwanted():
+                raise Abandoned
             scores = self._score_batch([items[index] for index in batch], [ends[index] for index in batch])
             for index, result in zip(batch, scores, strict=True):
                 results[index] = result
