@@ -200,6 +200,13 @@ def test_every_byte_of_every_tensor_counts(tmp_path):
                 disk.verify(tmp_path, manifest)
 
 
+def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
+    manifest = disk.write_tensors(tmp_path, {"a": torch.zeros(1)}.items())
+    (tmp_path / "z.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    with pytest.raises(disk.DamagedWeights, match="z.safetensors: is not in the manifest"):
+        disk.verify(tmp_path, manifest)
+
+
 def test_a_file_outside_the_folder_is_refused(tmp_path):
     folder = tmp_path / "inner"
     folder.mkdir()
@@ -497,6 +504,17 @@ async def test_followers_report_what_they_serve_and_take_leave(publisher, redis_
         assert await pointer.heartbeats(client, run_id) == []
         newest = await pointer.newest(client, run_id)
         assert newest.id == await pointer.newest_version(client, run_id) == V(lineage=2, version=4)
+
+
+@pytest.mark.parametrize("poison", [b"garbage", b"9.9.9", None])
+async def test_a_follower_outlasts_words_that_are_no_version(publisher, follower, redis, run_id, poison):
+    key = Keys(run_id).weights_id
+    redis.set(key, poison) if poison else redis.hset(key, "another", "type")
+    await until(lambda: "where the newest" in follower.redis_state or "WRONGTYPE" in follower.redis_state)
+    redis.delete(key)
+    await publish(publisher, V(version=1))
+    await follower.at_least(V(version=1), 20)
+    await until(lambda: follower.redis_state == "ok")
 
 
 async def test_a_follower_outlasts_redis(tmp_path, run_id, server):

@@ -167,6 +167,10 @@ def read_tensors(directory: Path, manifest: list[TensorEntry]) -> Iterator[tuple
 
 
 def verify(directory: Path, manifest: list[TensorEntry]) -> None:
-    """Read every byte and compare. Raises DamagedWeights."""
+    """Read every byte and compare. Raises DamagedWeights, also for tensors in files that the manifest does not name:
+    whoever loads the folder would read those, too."""
+    unknown = {file.name for file in directory.glob("*.safetensors")} - {entry.file for entry in manifest}
+    if unknown:
+        raise DamagedWeights(f"{directory / min(unknown)}: is not in the manifest")
     for _ in read_tensors(directory, manifest):
         pass

@@ -9,6 +9,7 @@ from pathlib import Path
 from prometheus_client import Counter, Gauge
 from pydantic import ValidationError
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from services.contract import Version, WeightVersion
 from services.keys import Keys
@@ -66,7 +67,7 @@ class Follower:
             await asyncio.wait([self._loading])
         try:
             await pointer.leave(self._redis, self.run_id, self.replica)
-        except PASSING as error:
+        except RedisError as error:
             log.warning("%s could not take its leave: %s", self.replica, error)
         await self._redis.aclose()
 
@@ -102,6 +103,8 @@ class Follower:
                         await news.get_message(ignore_subscribe_messages=True, timeout=self.poll_seconds)
             except PASSING as error:
                 self._set_redis_state(str(error))
+            except Exception as error:  # whatever it is, following must not end without a word
+                self._set_redis_state(f"{type(error).__name__}: {error}")
             await asyncio.sleep(REDIS_PAUSE_SECONDS)
 
     def _set_redis_state(self, state: str) -> None:
@@ -169,6 +172,6 @@ class Follower:
         while True:
             try:
                 await self._beat()
-            except PASSING as error:
+            except Exception as error:
                 log.debug("%s: no heartbeat: %s", self.replica, error)
             await asyncio.sleep(BEAT_SECONDS)

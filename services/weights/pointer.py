@@ -1,6 +1,7 @@
 """What redis knows of a run's weights: the newest version, and which replica serves which."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -39,8 +40,10 @@ class Heartbeat(Wire):
 def _version(text: bytes | None) -> Version | None:
     if text is None:
         return None
-    lineage, version = text.decode().split(".")
-    return Version(lineage=int(lineage), version=int(version))
+    found = re.fullmatch(rb"(\d{1,15})\.(\d{1,15})", text)
+    if found is None:
+        raise ValueError(f"redis holds {text!r:.60} where the newest weight version belongs")
+    return Version(lineage=int(found[1]), version=int(found[2]))
 
 
 def advance(redis: Redis, weights: WeightVersion) -> bool:
