@@ -1,6 +1,7 @@
 """The `rlif` command as a user meets it: output, exit codes, and one clear line for what cannot work."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import yaml
 from served import served
 
+from services import recipe
+from services.cli.launch import only_one, plan
 from services.http import listen
 
 ROOT = Path(__file__).parent.parent
@@ -138,3 +141,33 @@ def test_score_without_a_server_fails_with_its_address():
     done = rlif("score", "--url", "http://127.0.0.1:9", "--prompt", "a", "--completion", "b")
     assert done.returncode == 1 and "127.0.0.1:9" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["reward", "rollout"])
+def test_damaged_model_files_are_one_line(tiny_model, tmp_path, kind):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").write_bytes(b"\xff" * 5000)
+    assert f"--model {folder}" in refused("serve", kind, "--model", folder, "--port", 0)
+    assert "Error while deserializing header" in refused("serve", kind, "--model", folder, "--port", 0)
+    shutil.copytree(tiny_model, tmp_path / "mute", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
+    assert "no tokenizer" in refused("serve", kind, "--model", tmp_path / "mute", "--port", 0)
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file/run cannot be made: Not a directory" in refused("up", DEMO, f"run.dir={tmp_path}/file/run")
+
+
+def test_one_run_is_run_once_at_a_time(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    with only_one(tmp_path):
+        assert "another `rlif up` is running" in refused("up", DEMO, "--resume", f"run.dir={tmp_path}")
+    with only_one(tmp_path):
+        pass
+
+
+def test_the_resolved_recipe_is_for_its_owner_alone(tmp_path):
+    _, filled = plan(recipe.load(DEMO, [f"run.dir={tmp_path}", "queue.url=redis://:secret@127.0.0.1:1/0"]), False)
+    assert (filled.run.dir / "recipe.yaml").stat().st_mode & 0o777 == 0o600
+    assert "secret" in (filled.run.dir / "recipe.yaml").read_text()

@@ -1,8 +1,11 @@
 """From a recipe to the processes of a run on this machine."""
 
+import fcntl
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from services import recipe as recipes
@@ -50,7 +53,38 @@ def prepare_run_dir(recipe: Recipe, resume: bool) -> None:
         )
     if resume and not there:
         raise StartupError(f"run.dir {recipe.run.dir} holds no run to resume")
-    recipe.run.dir.mkdir(parents=True, exist_ok=True)
+    try:
+        recipe.run.dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(f"run.dir {recipe.run.dir} cannot be made: {error.strerror}") from error
+
+
+@contextmanager
+def only_one(run_dir: Path) -> Iterator[None]:
+    """Holds the run's lock; the kernel lets go of it when this process ends, however it ends. Raises StartupError:
+    another `rlif up` has it (two of them would write one queue and one set of checkpoints)."""
+    try:
+        handle = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartupError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise StartupError(f"run.dir {run_dir}: another `rlif up` is running this run; stop it first") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """For this user's eyes only, from the first byte on: a redis URL may carry a password."""
+    aside = path.with_name(path.name + ".part")
+    aside.unlink(missing_ok=True)
+    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
+        handle.write(text)
+    aside.replace(path)
 
 
 def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
@@ -75,8 +109,10 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     tree["scorer"]["urls"] = recipe.scorer.urls or [f"http://127.0.0.1:{port}" for port in reward_ports]
     filled = recipes.parse(tree)
     resolved = run_dir / "recipe.yaml"
-    resolved.write_text(recipes.dump(filled))
-    os.chmod(resolved, 0o600)  # a redis URL may carry a password
+    try:
+        _write_private(resolved, recipes.dump(filled))
+    except OSError as error:
+        raise StartupError(f"cannot write {resolved}: {error.strerror}") from error
     for number, port in enumerate(rollout_ports):
         services.append(_server("rollout", number, port, resolved, recipe.rollout.threads))
     for number, port in enumerate(reward_ports):

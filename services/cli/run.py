@@ -19,15 +19,17 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 
 def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
     """All processes of the recipe on this machine until training is done. Returns an exit code."""
-    from services.cli.launch import plan
+    from services.cli.launch import only_one, plan, prepare_run_dir
     from services.cli.progress import Progress
     from services.supervisor import supervise
 
-    services, filled = plan(chosen, resume)
-    run_dir = filled.run.dir
-    console.print(f"run {filled.run.name} in {run_dir} (logs in {run_dir / 'logs'})", highlight=False)
-    with Progress(run_dir, filled.trainer.steps, console) as progress:
-        return supervise(services, "trainer", run_dir / "logs", progress)
+    prepare_run_dir(chosen, resume)
+    with only_one(chosen.run.dir):
+        services, filled = plan(chosen, resume)
+        run_dir = filled.run.dir
+        console.print(f"run {filled.run.name} in {run_dir} (logs in {run_dir / 'logs'})", highlight=False)
+        with Progress(run_dir, filled.trainer.steps, console) as progress:
+            return supervise(services, "trainer", run_dir / "logs", progress)
 
 
 def up(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
