@@ -303,9 +303,9 @@ class BlockingRewardClient:
     """
 
     def __init__(self, url: str, token: str | None = None, **options: Any):
+        self._client = RewardClient(url, token, **options)  # first: a refusal leaves no thread behind
         self._stack = ExitStack()
         self._portal = self._stack.enter_context(start_blocking_portal())
-        self._client = RewardClient(url, token, **options)
 
     def __enter__(self) -> Self:
         return self

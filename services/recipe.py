@@ -1,11 +1,13 @@
 """One YAML recipe -> typed settings. Every service reads its own section; a bad key or value is refused by name."""
 
+import re
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from services.contract import Sampling
 from services.spec import Combine, RewardSpec, RewardTerm
@@ -15,8 +17,22 @@ class RecipeError(ValueError):
     """A recipe that cannot run; the message names key, value and what would be valid, a line for each fault."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+def _of_scheme(url: str, *schemes: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in schemes or not (parts.netloc or parts.path):
+        raise ValueError(f"not a URL that starts with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+    return url
+
+
+ServerUrl = Annotated[str, AfterValidator(lambda url: _of_scheme(url, "http", "https"))]
+RedisUrl = Annotated[str, AfterValidator(lambda url: _of_scheme(url, "redis", "rediss", "unix"))]
 
 
 class Run(Section):
@@ -72,6 +88,20 @@ class Data(Section):
             raise ValueError("fields: give exactly one of `prompt` and `messages`")
         return self
 
+    @model_validator(mode="after")
+    def pattern_cuts_one_answer(self) -> Self:
+        if self.answer_pattern is None:
+            return self
+        try:
+            groups = re.compile(self.answer_pattern).groups
+        except re.error as error:
+            raise ValueError(f"answer_pattern: {self.answer_pattern!r} is not a regular expression: {error}") from error
+        if groups != 1:
+            raise ValueError(f"answer_pattern: {self.answer_pattern!r} needs exactly one group, it has {groups}")
+        if self.fields.answer is None:
+            raise ValueError("answer_pattern: is of no use without fields.answer")
+        return self
+
 
 class Rollout(Section):
     """With `urls` the servers are somebody else's; without, `rlif up` starts `replicas` of them.
@@ -80,7 +110,7 @@ class Rollout(Section):
     """
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    urls: list[str] = Field(default_factory=list)
+    urls: list[ServerUrl] = Field(default_factory=list)
     replicas: int = Field(1, ge=1, le=64)
     group_size: int = Field(8, ge=1, le=1024)
     groups_per_request: int = Field(1, ge=1, le=1024)
@@ -98,7 +128,7 @@ class Scorer(Section):
     """The reward server and its scorer model. `follow`: `online` newest weights, `match` at least the group's version,
     `frozen` the base model for ever, `ema` a moving average of what was published (`ema_decay` per version)."""
 
-    urls: list[str] = Field(default_factory=list)
+    urls: list[ServerUrl] = Field(default_factory=list)
     replicas: int = Field(1, ge=1, le=64)
     follow: Literal["online", "match", "frozen", "ema"] = "online"
     ema_decay: float = Field(0.99, gt=0, lt=1)
@@ -134,7 +164,7 @@ class Trainer(Section):
     ranks: int = Field(1, ge=1, le=1024)
     zero_stage: int = Field(2, ge=0, le=3)
     learning_rate: float = Field(1e-6, gt=0, lt=1)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -168,7 +198,7 @@ class Weights(Section):
 class Queue(Section):
     """`url` none: `rlif up` runs a private redis-server with an append-only file in the run's folder."""
 
-    url: str | None = None
+    url: RedisUrl | None = None
     max_deliveries: int = Field(3, ge=1)
 
 
@@ -198,6 +228,8 @@ class Recipe(Section):
     @classmethod
     def spec_is_sound(cls, rewards: str | list[RewardTerm]) -> str | list[RewardTerm]:
         if isinstance(rewards, list):
+            if not rewards:
+                raise ValueError("list at least one reward")
             RewardSpec(rewards=rewards)
         return rewards
 
@@ -206,6 +238,13 @@ class Recipe(Section):
         if self.combine is not None and isinstance(self.rewards, str):
             raise ValueError(
                 f"combine: the spec {self.rewards!r} brings its own; list the rewards to combine them anew"
+            )
+        if isinstance(self.rewards, list) and not any(
+            term.weight and (term.sources is None or self.data.source in term.sources) for term in self.rewards
+        ):
+            raise ValueError(
+                f"rewards: none has a weight other than 0 for tasks of data.source {self.data.source!r}: "
+                "there is nothing to train on"
             )
         if self.trainer.groups_per_step % self.rollout.groups_per_request:
             raise ValueError(
@@ -276,7 +315,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{key}: is required")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(fault["input"], dict) else f" (got {fault['input']!r:.200})"
+            unshown = isinstance(fault["input"], dict) or key == "queue.url"  # a redis URL may carry a password
+            given = "" if unshown else f" (got {fault['input']!r:.200})"
             lines.append(f"{key}: {message}{given}" if key != "recipe" else message)
     return "\n".join(lines)
 

@@ -299,6 +299,10 @@ async def test_an_answer_to_another_question_is_a_fault(behaviour):
 def test_not_a_url(url):
     with pytest.raises(ValueError, match="is not a server's URL: write it as http://host:port"):
         RewardClient(url)
+    threads = threading.active_count()
+    with pytest.raises(ValueError, match="is not a server's URL"):
+        BlockingRewardClient(url)
+    assert threading.active_count() == threads  # one left behind would keep the interpreter from ending
 
 
 def test_blocking_client(behaviour):

@@ -188,19 +188,6 @@ def test_a_bad_row_is_named(tokenizer, tmp_path, line, settings, message):
         load(tokenizer, path, fields=fields, **settings)
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"answer_pattern": "("}, "data.answer_pattern: .* is not a regular expression"),
-        ({"answer_pattern": "a(b)(c)"}, "needs exactly one group, it has 2"),
-        ({"answer_pattern": "(a)", "fields": {"prompt": "question"}}, "without data.fields.answer"),
-    ],
-)
-def test_a_bad_pattern_is_named(tokenizer, jsonl, settings, message):
-    with pytest.raises(data.DataError, match=message):
-        load(tokenizer, jsonl, **settings)
-
-
 def test_bad_paths_are_named(tokenizer, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "e.jsonl").write_text("\n")

@@ -43,6 +43,16 @@ def test_minimal_recipe_gets_defaults():
         ("run.name=a b", ["run.name", "'a b'"]),
         ("data.fields={}", ["data", "exactly one of `prompt` and `messages`"]),
         ("rewards=[{name: a}, {name: a}]", ["rewards", "'a' occurs twice"]),
+        ("rewards=[]", ["rewards: list at least one"]),
+        ("rewards=[{name: a, weight: 0}]", ["rewards: none has a weight", "nothing to train on"]),
+        ("rewards=[{name: a, sources: [math]}]", ["rewards: none has a weight", "data.source 'default'"]),
+        ("data.answer_pattern=(", ["data: answer_pattern: '('", "not a regular expression"]),
+        ("data.answer_pattern=a(b)(c)", ["data: answer_pattern", "exactly one group, it has 2"]),
+        ("data={path: p, fields: {prompt: q}, answer_pattern: (a)}", ["data: answer_pattern", "without fields.answer"]),
+        ("trainer.betas=[0.9, 1]", ["trainer.betas.1", "less than 1"]),
+        ("rollout.urls=[localhost:8200]", ["rollout.urls.0", "http://", "'localhost:8200'"]),
+        ("scorer.urls=['http://']", ["scorer.urls.0", "http://"]),
+        ("queue.url=localhost:6379", ["queue.url", "redis:// or rediss:// or unix://"]),
         ("weights.keep=1", ["weights.keep", "greater than or equal to 2"]),
         ("trainer", ["key.sub=value"]),
         ("trainer.steps.deep=1", ["trainer.steps.deep=1", "not a section"]),
@@ -54,6 +64,12 @@ def test_refusals_name_key_value_and_what_is_valid(override, words):
         recipe.parse(BASE, [override])
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_refused_redis_url_does_not_show_its_password():
+    with pytest.raises(RecipeError, match="queue.url: not a URL") as caught:
+        recipe.parse(BASE, ["queue.url=http://:hunter2@host"])
+    assert "hunter2" not in str(caught.value)
 
 
 def test_every_fault_gets_a_line():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -17,6 +17,9 @@ from rich.table import Table
 from services import logs
 from services.api import ScoreItem, ScoreResponse
 from services.http import StartupError
+
+if TYPE_CHECKING:
+    from services.clients import BlockingRewardClient
 
 BATCH_ITEMS = 64
 FIELDS = tuple(ScoreItem.model_fields)
@@ -31,6 +34,15 @@ def _reward_url(url: str | None, model: str | None, dtype: str, device: str) -> 
 
     with serving("reward", "--model", str(model), "--dtype", dtype, "--device", device) as own:
         yield own
+
+
+def _client(url: str) -> "BlockingRewardClient":
+    from services.clients import BlockingRewardClient
+
+    try:
+        return BlockingRewardClient(url, os.environ.get("RLIF_API_TOKEN"), retry_seconds=10)
+    except ValueError as error:
+        raise StartupError(f"--url {error}") from error
 
 
 def _read_items(path: Path) -> list[tuple[dict[str, Any], ScoreItem]]:
@@ -54,6 +66,21 @@ def _read_items(path: Path) -> list[tuple[dict[str, Any], ScoreItem]]:
     return rows
 
 
+def _aside(out: Path) -> Path:
+    return out.with_name(out.name + ".part")
+
+
+def _check_writable(out: Path) -> None:
+    """Before a model is loaded for nothing. Raises StartupError."""
+    if out.is_dir():
+        raise StartupError(f"--out {out}: is a folder; name a file")
+    try:
+        _aside(out).touch()
+        _aside(out).unlink()
+    except OSError as error:
+        raise StartupError(f"--out {out}: {error.strerror}") from error
+
+
 def _show(response: ScoreResponse, metrics: list[str], console: Console) -> None:
     table = Table("completion", "tokens", *metrics, box=None)
     for number, result in enumerate(response.results):
@@ -67,15 +94,18 @@ def _score_file(client: Any, source: Path, out: Path, options: dict[str, Any], c
     rows = iter(_read_items(source))
     total = sum(1 for line in source.read_text().splitlines() if line.strip())
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    aside = out.with_name(out.name + ".part")
-    with Progress(*columns, console=console) as progress, aside.open("w") as sink:
-        task = progress.add_task("score", total=total)
-        while batch := list(islice(rows, BATCH_ITEMS)):
-            response = client.score([item for _, item in batch], **options)
-            for (row, _), result in zip(batch, response.results, strict=True):
-                sink.write(json.dumps({**row, **result.model_dump(exclude_none=True)}) + "\n")
-            progress.advance(task, len(batch))
-    aside.replace(out)
+    aside = _aside(out)
+    try:
+        with Progress(*columns, console=console) as progress, aside.open("w") as sink:
+            task = progress.add_task("score", total=total)
+            while batch := list(islice(rows, BATCH_ITEMS)):
+                response = client.score([item for _, item in batch], **options)
+                for (row, _), result in zip(batch, response.results, strict=True):
+                    sink.write(json.dumps({**row, **result.model_dump(exclude_none=True)}) + "\n")
+                progress.advance(task, len(batch))
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def score(
@@ -104,9 +134,10 @@ def score(
         raise StartupError(f"--preset {preset}: choose paper, open_r1 or verl")
     if per_token and not (as_json or file):
         raise StartupError("--per-token: its values come with --json, or in --out's rows")
-    if file is not None:
+    if file is not None and out is not None:
         _read_items(file)
-    from services.clients import BlockingRewardClient, CallError
+        _check_writable(out)
+    from services.clients import CallError
 
     console = Console(stderr=as_json)
     options: dict[str, Any] = {
@@ -115,18 +146,15 @@ def score(
         "temperature": temperature,
         "per_token": per_token,
     }
-    with _reward_url(url, model, dtype, device) as address:
-        with BlockingRewardClient(address, os.environ.get("RLIF_API_TOKEN"), retry_seconds=10) as client:
-            try:
-                if file is not None and out is not None:
-                    _score_file(client, file, out, options, console)
-                    return
-                response = client.score(
-                    [ScoreItem(prompt=prompt, completion=text) for text in completion or []], **options
-                )
-            except CallError as error:
-                console.print(f"rlif: {error}", style="red", highlight=False, markup=False)
-                raise typer.Exit(1) from error
+    with _reward_url(url, model, dtype, device) as address, _client(address) as client:
+        try:
+            if file is not None and out is not None:
+                _score_file(client, file, out, options, console)
+                return
+            response = client.score([ScoreItem(prompt=prompt, completion=text) for text in completion or []], **options)
+        except CallError as error:
+            console.print(f"rlif: {error}", style="red", highlight=False, markup=False)
+            raise typer.Exit(1) from error
     if as_json:
         typer.echo(response.model_dump_json(exclude_none=True))
     else:

@@ -14,6 +14,9 @@ from services.spec import RewardSpec
 
 app = typer.Typer(no_args_is_help=True, help="Start one server.")
 
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16")
+
 Host = Annotated[str, typer.Option(help="Address to bind; beyond loopback RLIF_API_TOKEN must be set.")]
 Port = Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)]
 RecipeFile = Annotated[
@@ -31,6 +34,11 @@ RunName = Annotated[str | None, typer.Option("--run", help="Name of the run to f
 def _check_follow(follow: str | None, run: str | None) -> None:
     if (follow is None) != (run is None):
         raise http.StartupError("--follow and --run belong together: give both or neither")
+
+
+def _check_choice(option: str, given: str, valid: tuple[str, ...]) -> None:
+    if given not in valid:
+        raise http.StartupError(f"{option} {given}: choose {', '.join(valid[:-1])} or {valid[-1]}")
 
 
 def read_spec(path: Path) -> RewardSpec:
@@ -77,6 +85,8 @@ def reward(
     """
     logs.configure()
     _check_follow(follow, run)
+    _check_choice("--device", device, DEVICES)
+    _check_choice("--dtype", dtype, DTYPES)
     chosen = recipe.load(recipe_file) if recipe_file else None
     _limit_threads(chosen.scorer.threads if chosen else threads)
     from reward_server import app as reward_app
@@ -141,11 +151,12 @@ def rollout(
     """Generate groups of completions over HTTP, with token ids and logprobs; OpenAI routes beside them."""
     logs.configure()
     _check_follow(follow, run)
+    _check_choice("--device", device, DEVICES)
+    _check_choice("--dtype", dtype, DTYPES)
     chosen = recipe.load(recipe_file) if recipe_file else None
     if chosen is None and model is None:
         raise http.StartupError("--model: give a Hugging Face name or a local folder (or --recipe)")
-    if engine not in ("transformers", "vllm"):
-        raise http.StartupError(f"--engine {engine}: choose transformers or vllm")
+    _check_choice("--engine", engine, ("transformers", "vllm"))
     _limit_threads(chosen.rollout.threads if chosen else threads)
     from rollout_server import app as rollout_app
 

@@ -115,22 +115,6 @@ def _rows(data: Data) -> Iterator[tuple[str, dict[str, Any]]]:
 # ---- row -> task -----------------------------------------------------------------------------------------------
 
 
-def _answer_pattern(data: Data) -> re.Pattern[str] | None:
-    if data.answer_pattern is None:
-        return None
-    try:
-        pattern = re.compile(data.answer_pattern)
-    except re.error as error:
-        raise DataError(f"data.answer_pattern: {data.answer_pattern!r} is not a regular expression: {error}") from error
-    if pattern.groups != 1:
-        raise DataError(
-            f"data.answer_pattern: {data.answer_pattern!r} needs exactly one group, it has {pattern.groups}"
-        )
-    if data.fields.answer is None:
-        raise DataError("data.answer_pattern: is of no use without data.fields.answer")
-    return pattern
-
-
 def _answer(value: Any, pattern: re.Pattern[str] | None) -> str | None:
     if value is None:
         return None
@@ -301,7 +285,7 @@ def load(recipe: Recipe, tokenizer: Any = None) -> TaskSource:
     """
     data = recipe.data
     started = time.monotonic()
-    pattern = _answer_pattern(data)
+    pattern = None if data.answer_pattern is None else re.compile(data.answer_pattern)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)
     chat = tokenizer.chat_template is not None
     if not chat and data.fields.messages is not None:
