@@ -164,7 +164,8 @@ def supervise(
                 fatal = _review(service, logs)
                 if fatal:
                     log.error("%s", fatal)
-                    return EXIT_FAILED
+                    assert service.process
+                    return EXIT_REFUSED if service.process.returncode == EXIT_REFUSED else EXIT_FAILED
                 if service.finished and service.name == main:
                     return 0
             if stop_signal:

@@ -48,7 +48,7 @@ def test_a_crashed_process_is_started_again_with_its_restart_args(tmp_path):
 
 def test_a_refusal_is_final_and_its_log_is_shown(tmp_path, caplog):
     main = Service("main", python("import sys; sys.stderr.write('rlif: no such model'); sys.exit(2)"))
-    assert supervise([main], "main", tmp_path) == 1
+    assert supervise([main], "main", tmp_path) == 2
     assert main.restarts == 0
     assert "no such model" in caplog.text
 

@@ -54,11 +54,12 @@ def _base_model(folder: Path, seed: int, console: Console) -> Path:
     return base
 
 
-def _evaluate(model: Path, problems: int, seed: int) -> Evaluation:
+def _evaluate(model: Path, problems: int, seed: int, console: Console) -> Evaluation:
     from services.demo.evaluation import evaluate
 
     one = ("--threads", "1")
     with (
+        console.status(f"answering and scoring {problems} problems"),
         serving("rollout", "--model", str(model), *one) as rollout_url,
         serving("reward", "--model", str(model), *one) as reward_url,
     ):
@@ -66,11 +67,11 @@ def _evaluate(model: Path, problems: int, seed: int) -> Evaluation:
         return asyncio.run(evaluate(rollout_url, reward_url, problems, seed=seed, token=token))
 
 
-def _base_evaluation(base: Path, problems: int, seed: int) -> Evaluation:
+def _base_evaluation(base: Path, problems: int, seed: int, console: Console) -> Evaluation:
     """Kept beside the base model: the arms of one seed start from the same figures."""
     kept = base / f"evaluation-{problems}.json"
     if not kept.exists():
-        kept.write_text(_evaluate(base, problems, seed).model_dump_json())
+        kept.write_text(_evaluate(base, problems, seed, console).model_dump_json())
     return Evaluation.model_validate_json(kept.read_text())
 
 
@@ -100,7 +101,7 @@ def run_demo(reward: Arm, seed: int, folder: Path, steps: int | None, problems: 
     task.write_tasks(folder / "train.jsonl")
 
     console.rule("2/5  before: held-out problems")
-    before = _base_evaluation(base, problems, seed)
+    before = _base_evaluation(base, problems, seed, console)
     console.print(report.preflight(before), highlight=False)
 
     console.rule(f"3/5  training: reward {reward}")
@@ -122,7 +123,7 @@ def run_demo(reward: Arm, seed: int, folder: Path, steps: int | None, problems: 
 
     console.rule("4/5  after: held-out problems")
     export(run_dir, run_dir / "model-trained")
-    after = _evaluate(run_dir / "model-trained", problems, seed)
+    after = _evaluate(run_dir / "model-trained", problems, seed, console)
 
     console.rule("5/5  report")
     made = report.write(run_dir, reward, seed, before, after, seconds)

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from services.clients import BlockingRewardClient
 
 BATCH_ITEMS = 64
+LOADING_SECONDS = 3600.0
+"""How long a model may take to load; the first time it is downloaded."""
 FIELDS = tuple(ScoreItem.model_fields)
 
 
@@ -32,7 +34,10 @@ def _reward_url(url: str | None, model: str | None, dtype: str, device: str) -> 
         return
     from services.cli.child import serving
 
-    with serving("reward", "--model", str(model), "--dtype", dtype, "--device", device) as own:
+    options = ("--model", str(model), "--dtype", dtype, "--device", device)
+    with ExitStack() as stack:
+        with Console(stderr=True).status(f"loading {model}"):
+            own = stack.enter_context(serving("reward", *options, deadline_seconds=LOADING_SECONDS))
         yield own
 
 
