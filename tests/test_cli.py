@@ -69,10 +69,16 @@ def test_recipe_check(tmp_path):
         (["recipe", "check", DEMO, "rewards=[{name: nonsense}]"], "nonsense"),
         (["recipe", "check", DEMO, "rewards=[{name: exact_match, params: {wrong: 1}}]"], "wrong"),
         (["recipe", "check", DEMO, "data.path=absent.jsonl"], "data.path"),
+        (["recipe", "check", DEMO, "rewards=nonsense", "combine=null"], "rewards: there is no spec 'nonsense'"),
+        (["up", DEMO, "run.dir=never-made", "rewards=[{name: nonsense}]"], "rewards[0].name"),
         (["demo", "--reward", "fame"], "--reward fame: choose self_certainty"),
         (["score", "--prompt", "a", "--completion", "b"], "--model and --url"),
         (["score", "--url", "http://127.0.0.1:9", "--prompt", "a"], "--completion"),
         (["score", "--url", "http://127.0.0.1:9", "--file", "absent.jsonl", "--out", "o"], "absent.jsonl"),
+        (["score", "--url", "127.0.0.1:9", "--prompt", "a", "--completion", "b"], "--url '127.0.0.1:9' is not"),
+        (["score", "--url", "http://127.0.0.1:9", "--file", DEMO, "--out", "o"], "--file"),
+        (["serve", "reward", "--device", "tpu"], "--device tpu: choose auto, cpu or cuda"),
+        (["serve", "rollout", "--model", "m", "--dtype", "float16"], "--dtype float16: choose float32 or bfloat16"),
         (["serve", "rollout"], "--model"),
         (["serve", "rollout", "--model", "m", "--engine", "magic"], "--engine magic"),
         (["serve", "reward", "--follow", "redis://127.0.0.1:1"], "--run"),
@@ -114,6 +120,14 @@ def test_a_bad_spec_file_names_the_field(tmp_path):
     assert "rewards.0.weight" in line and str(spec) in line
 
 
+def test_cuda_without_a_gpu_is_one_line(tiny_model):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "no GPU here" in refused("serve", "reward", "--model", tiny_model, "--device", "cuda", "--port", 0)
+
+
 def test_score_one(reward_url):
     done = rlif("score", "--url", reward_url, "--prompt", "ab", "--completion", "cd", "--completion", "", "--json")
     assert done.returncode == 0, done.stderr
@@ -135,6 +149,12 @@ def test_score_a_file(reward_url, tmp_path):
     assert all(row["n_tokens"] == row["id"] % 5 + 1 and row["scores"]["self_certainty"] > 0 for row in scored)
     source.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     assert "line 2" in refused("score", "--url", reward_url, "--file", source, "--out", out)
+    source.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "--out" in refused(
+        "score", "--url", reward_url, "--file", source, "--out", tmp_path / "absent" / "out.jsonl"
+    )
+    wrong = rlif("score", "--url", reward_url, "--file", source, "--out", tmp_path / "new.jsonl", "--metric", "fame")
+    assert wrong.returncode == 1 and not list(tmp_path.glob("new.jsonl*"))
 
 
 def test_score_without_a_server_fails_with_its_address():

@@ -82,6 +82,8 @@ class TransformersScorer:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("device: PyTorch sees no GPU here; use cpu")
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.path, self.device, self.max_batch_tokens = path, torch.device(device), max_batch_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(path, **source)

@@ -24,7 +24,8 @@ def check_rewards(chosen: Recipe) -> None:
     try:
         check_spec(chosen.spec or named_spec(str(chosen.rewards)))
     except SpecError as error:
-        raise RecipeError(str(error)) from error
+        message = str(error)
+        raise RecipeError(message if message.startswith("rewards") else f"rewards: {message}") from error
 
 
 def facts(chosen: Recipe) -> dict[str, object]:

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from services import logs, recipe
+from services.cli.recipes import check_rewards
 from services.http import StartupError
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ def up(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = Fa
     """Run a whole recipe on this machine: redis, servers, orchestrator, trainer, supervised. Ctrl-C stops it."""
     logs.configure("WARNING")
     logging.getLogger("services.supervisor").setLevel(logging.INFO)
-    raise typer.Exit(run_recipe(recipe.load(recipe_path, overrides), resume, Console()))
+    chosen = recipe.load(recipe_path, overrides)
+    check_rewards(chosen)
+    raise typer.Exit(run_recipe(chosen, resume, Console()))
 
 
 def _addresses(chosen: recipe.Recipe, *needed: str) -> None:
