@@ -85,6 +85,7 @@ def test_recipe_check(tmp_path):
         (["serve", "reward", "--host", "0.0.0.0"], "RLIF_API_TOKEN"),
         (["train", DEMO], "queue.url"),
         (["export", "absent-run", "out"], "absent-run"),
+        (["serve", "reward", "--spec", "/proc/self/exe"], "--spec /proc/self/exe is not YAML"),
     ],
 )
 def test_refusals_are_one_line(arguments, words, monkeypatch, capsys):
@@ -174,6 +175,10 @@ def test_damaged_model_files_are_one_line(tiny_model, tmp_path, kind):
     assert "no tokenizer" in refused("serve", kind, "--model", tmp_path / "mute", "--port", 0)
 
 
+def test_a_log_level_that_is_none_is_one_line():
+    assert "RLIF_LOG_LEVEL LOUD: choose one of CRITICAL" in refused("serve", "reward", RLIF_LOG_LEVEL="loud")
+
+
 def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file/run cannot be made: Not a directory" in refused("up", DEMO, f"run.dir={tmp_path}/file/run")
@@ -191,3 +196,21 @@ def test_the_resolved_recipe_is_for_its_owner_alone(tmp_path):
     _, filled = plan(recipe.load(DEMO, [f"run.dir={tmp_path}", "queue.url=redis://:secret@127.0.0.1:1/0"]), False)
     assert (filled.run.dir / "recipe.yaml").stat().st_mode & 0o777 == 0o600
     assert "secret" in (filled.run.dir / "recipe.yaml").read_text()
+
+
+def test_a_start_that_came_to_nothing_may_be_tried_again(tmp_path):
+    run_dir = tmp_path / "run"
+    data = tmp_path / "tasks.jsonl"
+    data.write_text('{"id": "1", "prompt": "1+1", "answer": "2"}\n')
+    wrong = [f"run.dir={run_dir}", f"data.path={data}", f"model.path={tmp_path / 'no-model'}"]
+    for _ in range(2):
+        done = rlif("up", DEMO, *wrong)
+        assert done.returncode == 2, (done.stdout, done.stderr)
+        assert "no-model" in done.stdout + done.stderr
+    (run_dir / "steps.jsonl").write_text("")
+    assert "--resume" in refused("up", DEMO, *wrong)
+
+
+def test_an_unknown_metric_is_a_refusal(reward_url):
+    done = rlif("score", "--url", reward_url, "--prompt", "a", "--completion", "b", "--metric", "fame")
+    assert done.returncode == 2 and "fame" in done.stdout + done.stderr

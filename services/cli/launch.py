@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -22,13 +23,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _threads(count: int | None) -> dict[str, str]:
-    return {} if count is None else {"OMP_NUM_THREADS": str(count)}
+def _environment(threads: int | None) -> dict[str, str]:
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # their output goes to log files
+    return quiet if threads is None else {**quiet, "OMP_NUM_THREADS": str(threads)}
 
 
 def _server(kind: str, number: int, port: int, resolved: Path, threads: int | None) -> Service:
     argv = [*RLIF, "serve", kind, "--recipe", str(resolved), "--port", str(port)]
-    return Service(f"{kind}-{number}", argv, env=_threads(threads))
+    return Service(f"{kind}-{number}", argv, env=_environment(threads))
 
 
 def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
@@ -41,13 +43,15 @@ def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
     restart_args = ["--resume"]
     if resume:
         argv, restart_args = argv + restart_args, []
-    return Service("trainer", argv, env=_threads(recipe.trainer.threads), restart_args=restart_args, may_finish=True)
+    return Service(
+        "trainer", argv, env=_environment(recipe.trainer.threads), restart_args=restart_args, may_finish=True
+    )
 
 
 def prepare_run_dir(recipe: Recipe, resume: bool) -> None:
     """Raises StartupError when the folder belongs to an earlier run and `resume` was not asked for, or the reverse."""
     there = (recipe.run.dir / "recipe.yaml").exists()
-    if there and not resume:
+    if there and not resume and _trained(recipe.run.dir):
         raise StartupError(
             f"run.dir {recipe.run.dir} holds a run already: go on with --resume, or choose another run.dir"
         )
@@ -57,6 +61,17 @@ def prepare_run_dir(recipe: Recipe, resume: bool) -> None:
         recipe.run.dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StartupError(f"run.dir {recipe.run.dir} cannot be made: {error.strerror}") from error
+
+
+def _trained(run_dir: Path) -> bool:
+    return any((run_dir / name).exists() for name in ("steps.jsonl", "checkpoints"))
+
+
+def _clear_untrained(run_dir: Path) -> None:
+    """A start that came to nothing must not stand in the way of the next, nor leave it groups of another recipe."""
+    if (run_dir / "recipe.yaml").exists() and not _trained(run_dir):
+        for name in ("redis", "weights", "model", "logs"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 @contextmanager
@@ -90,8 +105,9 @@ def _write_private(path: Path, text: str) -> None:
 def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     """The run's processes in order of start, and the recipe with every address filled in (also written to the run's
     folder as `recipe.yaml`). Servers and redis that the recipe gives by URL are left to their owners."""
-    prepare_run_dir(recipe, resume)
     run_dir = recipe.run.dir.resolve()
+    if not resume:
+        _clear_untrained(run_dir)
     rollout_ports = [] if recipe.rollout.urls else [free_port() for _ in range(recipe.rollout.replicas)]
     reward_ports = [] if recipe.scorer.urls else [free_port() for _ in range(recipe.scorer.replicas)]
     services = []

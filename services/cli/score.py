@@ -142,7 +142,7 @@ def score(
     if file is not None and out is not None:
         _read_items(file)
         _check_writable(out)
-    from services.clients import CallError
+    from services.clients import CallError, Refused
 
     console = Console(stderr=as_json)
     options: dict[str, Any] = {
@@ -159,7 +159,7 @@ def score(
             response = client.score([ScoreItem(prompt=prompt, completion=text) for text in completion or []], **options)
         except CallError as error:
             console.print(f"rlif: {error}", style="red", highlight=False, markup=False)
-            raise typer.Exit(1) from error
+            raise typer.Exit(2 if isinstance(error, Refused) else 1) from error
     if as_json:
         typer.echo(response.model_dump_json(exclude_none=True))
     else:

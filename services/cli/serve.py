@@ -47,7 +47,7 @@ def read_spec(path: Path) -> RewardSpec:
         return RewardSpec.model_validate(yaml.safe_load(path.read_text()))
     except OSError as error:
         raise http.StartupError(f"--spec {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise http.StartupError(f"--spec {path} is not YAML: {error}") from error
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc'])) or 'spec'}: {e['msg']}" for e in error.errors(include_url=False)]
@@ -138,7 +138,7 @@ def rollout(
     device: Device = "auto",
     dtype: Dtype = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.", min=1)] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion together.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion together.", min=2)] = None,
     max_batch_sequences: Annotated[int, typer.Option(help="Sequences generated together.", min=1)] = 256,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of one vLLM engine.", min=1)] = 1,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory vLLM may take.")] = 0.85,
