@@ -6,7 +6,7 @@ import sys
 
 import orjson
 
-from services.http import request_id
+from services.http import StartupError, request_id
 
 
 class _Text(logging.Formatter):
@@ -37,7 +37,10 @@ def configure(level: str = "INFO") -> None:
         handler.setFormatter(_Json())
     else:
         handler.setFormatter(_Text("%(asctime)s %(levelname)-7s %(name)s%(rid)s %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=os.environ.get("RLIF_LOG_LEVEL", level).upper(), handlers=[handler], force=True)
+    wanted = os.environ.get("RLIF_LOG_LEVEL", level).upper()
+    if wanted not in logging.getLevelNamesMapping():
+        raise StartupError(f"RLIF_LOG_LEVEL {wanted}: choose one of {', '.join(logging.getLevelNamesMapping())}")
+    logging.basicConfig(level=wanted, handlers=[handler], force=True)
     # Said at import on every machine without a GPU, by anything that loads transformers.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     for noisy in ("httpx", "httpcore", "uvicorn.error", "filelock"):

@@ -19,7 +19,6 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
 
 import redis as redis_py
 from redis.asyncio import Redis as AsyncRedis
@@ -51,8 +50,17 @@ class DeadlineExceeded(Exception):
 
 def shown(url: str) -> str:
     """The URL without user, password and options, for logs and error messages."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = url.partition("://")
+    # All up to the last @: a password with an unquoted / or # in it would otherwise be taken for the host.
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+def _url_fault(url: str, error: Exception) -> ValueError:
+    """Without the library's words where they quote what it took for the port: it may be half a password."""
+    reason = str(error)
+    if "@" in url and "Port" in reason:
+        reason = "host and port cannot be made out; percent-encode what is special in the password"
+    return ValueError(f"redis url {shown(url)!r}: {reason}")
 
 
 def _options() -> dict[str, Any]:
@@ -76,7 +84,7 @@ def connect(url: str) -> AsyncRedis:
     try:
         return AsyncRedis.from_url(url, retry=AsyncRetry(_backoff(), 2), **_options())
     except (ValueError, TypeError) as error:
-        raise ValueError(f"redis url {shown(url)!r}: {error}") from error
+        raise _url_fault(url, error) from None
 
 
 def connect_sync(url: str) -> redis_py.Redis:
@@ -84,7 +92,7 @@ def connect_sync(url: str) -> redis_py.Redis:
     try:
         return redis_py.Redis.from_url(url, retry=Retry(_backoff(), 2), **_options())
     except (ValueError, TypeError) as error:
-        raise ValueError(f"redis url {shown(url)!r}: {error}") from error
+        raise _url_fault(url, error) from None
 
 
 class _Patience:

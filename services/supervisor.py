@@ -150,8 +150,8 @@ def supervise(
         stop_signal = number
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    logs.mkdir(parents=True, exist_ok=True)
     try:
+        logs.mkdir(parents=True, exist_ok=True)
         for service in services:
             _start(service, logs)
         while True:
@@ -174,6 +174,9 @@ def supervise(
             if on_tick:
                 on_tick(services)
             time.sleep(TICK_SECONDS)
+    except OSError as error:  # a full disk, or no more processes
+        log.error("the run cannot go on: %s", error)
+        return EXIT_FAILED
     finally:
         _stop(services)
         for number, handler in previous.items():

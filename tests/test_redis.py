@@ -86,7 +86,9 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
         EmbeddedRedis(tmp_path).start()
 
 
-@pytest.mark.parametrize("url", ["http://user:secret@host", "host:6379", "", "redis://host/0?socket_timeout=abc"])
+@pytest.mark.parametrize(
+    "url", ["http://user:secret@host", "redis://:secret/2@host", "host:6379", "", "redis://host/0?socket_timeout=abc"]
+)
 def test_a_bad_url_is_refused_without_its_password(url):
     for way in (connect, connect_sync):
         with pytest.raises(ValueError, match="redis url") as caught:
@@ -96,6 +98,7 @@ def test_a_bad_url_is_refused_without_its_password(url):
 
 def test_urls_are_shown_without_credentials():
     assert shown("rediss://me:secret@host:7/1?ssl_ca_certs=a") == "rediss://host:7/1"
+    assert shown("redis://me:sec/r@t@host:7/1") == "redis://host:7/1"
     assert shown("unix:///tmp/a.sock") == "unix:///tmp/a.sock"
 
 

@@ -60,6 +60,17 @@ def test_endless_crashes_end_the_run(tmp_path, monkeypatch, caplog):
     assert "ended 2 times in a row" in caplog.text
 
 
+def test_a_full_disk_ends_the_run_with_a_line_and_stops_what_runs(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device", "processes.json")
+
+    monkeypatch.setattr(supervisor, "_note_pid", full)
+    side = Service("side", python("import time; time.sleep(60)"))
+    assert supervise([side], "side", tmp_path) == 1
+    assert "the run cannot go on: [Errno 28] No space left" in caplog.text
+    assert side.process.poll() is not None
+
+
 def test_signal_stops_in_reverse_order_and_kills_what_a_child_started(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
