@@ -1,11 +1,15 @@
 """The `rlif` command as a user meets it: output, exit codes, and one clear line for what cannot work."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from served import served
@@ -19,8 +23,6 @@ DEMO = ROOT / "recipes" / "demo.yaml"
 
 
 def rlif(*arguments: object, seconds: float = 120, **env: str) -> subprocess.CompletedProcess:
-    import os
-
     command = [sys.executable, "-m", "services.cli.main", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, env=environment)
@@ -173,6 +175,57 @@ def test_damaged_model_files_are_one_line(tiny_model, tmp_path, kind):
     assert "Error while deserializing header" in refused("serve", kind, "--model", folder, "--port", 0)
     shutil.copytree(tiny_model, tmp_path / "mute", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
     assert "no tokenizer" in refused("serve", kind, "--model", tmp_path / "mute", "--port", 0)
+
+
+def test_giving_up_on_redis_is_one_line(monkeypatch, capsys):
+    from services.cli import main as command
+    from services.redis import DeadlineExceeded
+
+    def gives_up():
+        raise DeadlineExceeded("redis did not answer within 300 s")
+
+    monkeypatch.setattr(command, "app", gives_up)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "rlif: redis did not answer within 300 s\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_rank_dies_with_its_torchrun(tmp_path):
+    recipe_pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(recipe_pipe)  # the rank reads its recipe for as long as somebody has this open for writing
+    writers = []
+
+    def is_read() -> bool:
+        with suppress(OSError):
+            writers.append(os.open(recipe_pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
+    command = [sys.executable, "-m", "services.cli.main", "train", str(recipe_pipe)]
+    code = f"import subprocess, time; print(subprocess.Popen({command!r}).pid, flush=True); time.sleep(60)"
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
+    torchrun = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
+    rank = psutil.Process(int(torchrun.stdout.readline()))
+    try:
+        wait_for(is_read, 60)
+        assert rank.is_running()
+        torchrun.kill()
+        torchrun.wait(10)
+        wait_for(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, 10)
+    finally:
+        torchrun.kill()
+        with suppress(psutil.NoSuchProcess):
+            rank.kill()
+        for writer in writers:
+            os.close(writer)
+
+
+def wait_for(condition, seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "waited too long"
+        time.sleep(0.05)
 
 
 def test_a_log_level_that_is_none_is_one_line():

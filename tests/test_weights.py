@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -204,6 +205,14 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
     manifest = disk.write_tensors(tmp_path, {"a": torch.zeros(1)}.items())
     (tmp_path / "z.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
     with pytest.raises(disk.DamagedWeights, match="z.safetensors: is not in the manifest"):
+        disk.verify(tmp_path, manifest)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path):
+    manifest = disk.write_tensors(tmp_path, {"a": torch.zeros(1)}.items())
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(disk.DamagedWeights, match="is not a regular file"):
         disk.verify(tmp_path, manifest)
 
 

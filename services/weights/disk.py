@@ -144,6 +144,8 @@ def read_tensors(directory: Path, manifest: list[TensorEntry]) -> Iterator[tuple
     for file, entries in files.items():
         if Path(file).name != file:
             raise DamagedWeights(f"{directory}: {file!r} is not a plain file name")
+        if (directory / file).exists() and not (directory / file).is_file():  # opening a pipe would wait for ever
+            raise DamagedWeights(f"{directory / file}: is not a regular file")
         try:
             handle = safe_open(directory / file, framework="pt", device="cpu")
         except (OSError, SafetensorError) as error:
