@@ -62,7 +62,7 @@ def run_rlif(folder: Path, steps: int, staleness: int, threads: int) -> list[flo
     path = folder / f"rlif-{staleness}.yaml"
     path.write_text(yaml.safe_dump(rlif_recipe(folder, steps, staleness, threads)))
     command = [sys.executable, "-m", "services.cli.main", "up", str(path)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = [json.loads(line) for line in (folder / f"rlif-{staleness}" / "steps.jsonl").read_text().splitlines()]
     return [record["seconds"]["total"] for record in records[1:]]
 

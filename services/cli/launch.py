@@ -23,14 +23,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _environment(threads: int | None) -> dict[str, str]:
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # their output goes to log files
-    return quiet if threads is None else {**quiet, "OMP_NUM_THREADS": str(threads)}
+def _environment(recipe: Recipe, threads: int | None) -> dict[str, str]:
+    """What a process gets beside our own environment, which wins where it says something."""
+    wanted = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # their output goes to log files
+    # Idle OpenMP threads spin, and with several processes on the same cores they spin in each other's way: asleep where
+    # generation overlaps training (3.6 s -> 1.2 s a step in benchmarks/step.py), briefly where they take turns.
+    wanted |= {"OMP_WAIT_POLICY": "PASSIVE"} if recipe.pacing.max_staleness else {"GOMP_SPINCOUNT": "10000"}
+    wanted = {key: value for key, value in wanted.items() if key not in os.environ}
+    return wanted if threads is None else {**wanted, "OMP_NUM_THREADS": str(threads)}
 
 
-def _server(kind: str, number: int, port: int, resolved: Path, threads: int | None) -> Service:
+def _server(kind: str, number: int, port: int, resolved: Path, env: dict[str, str]) -> Service:
     argv = [*RLIF, "serve", kind, "--recipe", str(resolved), "--port", str(port)]
-    return Service(f"{kind}-{number}", argv, env=_environment(threads))
+    return Service(f"{kind}-{number}", argv, env=env)
 
 
 def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
@@ -43,9 +48,8 @@ def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
     restart_args = ["--resume"]
     if resume:
         argv, restart_args = argv + restart_args, []
-    return Service(
-        "trainer", argv, env=_environment(recipe.trainer.threads), restart_args=restart_args, may_finish=True
-    )
+    env = _environment(recipe, recipe.trainer.threads)
+    return Service("trainer", argv, env=env, restart_args=restart_args, may_finish=True)
 
 
 def prepare_run_dir(recipe: Recipe, resume: bool) -> None:
@@ -130,9 +134,9 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     except OSError as error:
         raise StartupError(f"cannot write {resolved}: {error.strerror}") from error
     for number, port in enumerate(rollout_ports):
-        services.append(_server("rollout", number, port, resolved, recipe.rollout.threads))
+        services.append(_server("rollout", number, port, resolved, _environment(recipe, recipe.rollout.threads)))
     for number, port in enumerate(reward_ports):
-        services.append(_server("reward", number, port, resolved, recipe.scorer.threads))
+        services.append(_server("reward", number, port, resolved, _environment(recipe, recipe.scorer.threads)))
     services.append(_trainer(recipe, resolved, resume))
     services.append(Service("orchestrator", [*RLIF, "orchestrate", str(resolved)], may_finish=True))
     return services, filled
