@@ -24,9 +24,19 @@ import redis as redis_py
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, RedisError, TimeoutError, TryAgainError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ConnectionError,
+    ReadOnlyError,
+    RedisError,
+    TimeoutError,
+    TryAgainError,
+)
 from redis.retry import Retry
 
+from services.http import StartupError
 from services.supervisor import die_with_parent
 
 log = logging.getLogger(__name__)
@@ -70,7 +80,8 @@ def _options() -> dict[str, Any]:
         "decode_responses": False,
         "socket_timeout": SOCKET_SECONDS,
         "socket_connect_timeout": CONNECT_SECONDS,
-        "health_check_interval": 30,
+        # redis-py's health check reconnects from within a connection attempt: a refused login then never returns.
+        "health_check_interval": 0,
     }
 
 
@@ -150,13 +161,19 @@ def insist_sync(call: Callable[[], Result], what: str, deadline_seconds: float) 
 
 
 async def wait_for_redis(client: AsyncRedis, deadline_seconds: float) -> None:
-    """Returns when the server answers and takes commands. Raises DeadlineExceeded."""
-    await insist(client.ping, "start-up", deadline_seconds)
+    """Returns when the server answers and takes commands. Raises DeadlineExceeded, or StartupError: the login is wrong
+    (later, in the middle of a run, a refused login is waited out like any other fault)."""
 
+    async def ping() -> None:
+        try:
+            await client.ping()
+        except ConnectionError as error:
+            # redis-py wraps what happens while it connects.
+            if isinstance(error.__cause__ or error.__context__ or error, AuthenticationError | AuthorizationError):
+                raise StartupError(f"redis refuses the login: {error}") from error
+            raise
 
-def wait_for_redis_sync(client: redis_py.Redis, deadline_seconds: float) -> None:
-    """`wait_for_redis` for the blocking client."""
-    insist_sync(client.ping, "start-up", deadline_seconds)
+    await insist(ping, "start-up", deadline_seconds)
 
 
 async def cancel(*tasks: asyncio.Task) -> None:

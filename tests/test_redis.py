@@ -14,6 +14,7 @@ import pytest
 from redis.exceptions import ResponseError
 from scored_groups import make_groups
 
+from services.http import StartupError
 from services.queue import GroupQueue
 from services.redis import (
     LONGEST_SOCKET_PATH,
@@ -197,3 +198,18 @@ def test_the_server_ends_with_the_process_that_started_it(tmp_path):
     while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z":
         assert time.monotonic() < ends, "the orphaned redis-server lives on"
         time.sleep(0.02)
+
+
+async def test_a_wrong_password_is_refused_at_once_at_start_up(tmp_path):
+    with EmbeddedRedis(tmp_path) as server:
+        with connect_sync(server.url) as admin:
+            admin.config_set("requirepass", "secret-word")
+        for url in (server.url, f"{server.url}?password=wrong-word"):
+            client = connect(url)
+            with pytest.raises(StartupError, match="redis refuses the login") as caught:
+                await wait_for_redis(client, 30)
+            assert "-word" not in str(caught.value)
+            await client.aclose()
+        client = connect(f"{server.url}?password=secret-word")
+        await wait_for_redis(client, 30)
+        await client.aclose()

@@ -12,10 +12,11 @@ from typing import Any
 
 from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
-from services.redis import connect, insist
+from services.redis import connect, insist, wait_for_redis
 
 log = logging.getLogger(__name__)
 
+START_SECONDS = 120.0
 STATUS_PATIENCE_SECONDS = 300.0
 
 
@@ -26,6 +27,7 @@ class Feed:
         self.recipe = recipe
         self.runner = asyncio.Runner()
         self.redis = connect(redis_url)
+        self.runner.run(wait_for_redis(self.redis, START_SECONDS))
         self.queue = GroupQueue(self.redis, recipe.run.name, max_deliveries=recipe.queue.max_deliveries)
         self.started = time.monotonic()
         self.tokens_per_second = 0.0
