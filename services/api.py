@@ -123,11 +123,22 @@ class RewardGroup(Wire):
     min_weight_version: Version | None = None
 
 
+MOST_COMPLETIONS = 16384
+"""In one call for rewards: more would hold up the other callers of the server."""
+
+
 class RewardsRequest(Wire):
     """`spec` is a name: a preset, a built-in reward, or one that was put; the server's default when left out."""
 
     spec: str | None = None
     groups: list[RewardGroup] = Field(min_length=1, max_length=1024)
+
+    @model_validator(mode="after")
+    def bounded(self) -> Self:
+        count = sum(len(group.completions) for group in self.groups)
+        if count > MOST_COMPLETIONS:
+            raise ValueError(f"groups: at most {MOST_COMPLETIONS} completions in one call (got {count})")
+        return self
 
 
 class RewardsResponse(Wire):

@@ -103,6 +103,10 @@ class Data(Section):
         return self
 
 
+Gpus = Annotated[list[Annotated[int, Field(ge=0)]] | None, Field(min_length=1)]
+"""CUDA devices that `rlif up` shows this part, dealt out evenly over its replicas or ranks; none: all of them."""
+
+
 class Rollout(Section):
     """With `urls` the servers are somebody else's; without, `rlif up` starts `replicas` of them.
 
@@ -120,6 +124,7 @@ class Rollout(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: Gpus = None
     threads: int | None = Field(None, ge=1)
     deadline_seconds: float = Field(600, gt=0)
 
@@ -135,6 +140,7 @@ class Scorer(Section):
     max_batch_tokens: int = Field(16384, ge=1)
     verifier_workers: int = Field(2, ge=1, le=256)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: Gpus = None
     threads: int | None = Field(None, ge=1)
     deadline_seconds: float = Field(300, gt=0)
 
@@ -180,6 +186,7 @@ class Trainer(Section):
     micro_batch_tokens: int = Field(16384, ge=1)
     gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: Gpus = None
     threads: int | None = Field(None, ge=1)
     checkpoints: Checkpoints = Checkpoints()
     batch_deadline_seconds: float = Field(3600, gt=0)
@@ -256,6 +263,15 @@ class Recipe(Section):
                 raise ValueError(
                     "rollout.group_size: 1 leaves nothing to normalise in; use at least 2, or normalize: none"
                 )
+        needed = {
+            "rollout": self.rollout.replicas * self.rollout.tensor_parallel_size,
+            "scorer": self.scorer.replicas,
+            "trainer": self.trainer.ranks,
+        }
+        for part, count in needed.items():
+            gpus = getattr(self, part).gpus
+            if gpus is not None and len(set(gpus)) != count:
+                raise ValueError(f"{part}.gpus: {gpus} must be {count} different devices, one for each replica or rank")
         if self.rollout.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature: 0 makes every completion of a group the same; use e.g. 1.0")
         if self.rollout.max_model_len is not None:

@@ -267,3 +267,17 @@ def test_a_start_that_came_to_nothing_may_be_tried_again(tmp_path):
 def test_an_unknown_metric_is_a_refusal(reward_url):
     done = rlif("score", "--url", reward_url, "--prompt", "a", "--completion", "b", "--metric", "fame")
     assert done.returncode == 2 and "fame" in done.stdout + done.stderr
+
+
+def test_gpus_are_dealt_out(tmp_path, monkeypatch):
+    from services import recipe
+    from services.cli.launch import plan
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    overrides = ["rollout.gpus=[0,1,2,3]", "rollout.replicas=2", "rollout.tensor_parallel_size=2"]
+    overrides += ["scorer.gpus=[4]", "trainer.gpus=[5,6]", "trainer.ranks=2", "pacing.max_staleness=1"]
+    services, _ = plan(recipe.load(DEMO, [f"run.dir={tmp_path}", *overrides]), False)
+    shown = {service.name: service.env.get("CUDA_VISIBLE_DEVICES") for service in services}
+    wanted = {"rollout-0": "0,1", "rollout-1": "2,3", "reward-0": "4", "trainer": "5,6"}
+    assert shown == {**wanted, "redis": None, "orchestrator": None}
+    assert all("OMP_WAIT_POLICY" not in service.env for service in services)

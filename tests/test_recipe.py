@@ -53,6 +53,8 @@ def test_minimal_recipe_gets_defaults():
         ("rollout.urls=[localhost:8200]", ["rollout.urls.0", "http://", "'localhost:8200'"]),
         ("scorer.urls=['http://']", ["scorer.urls.0", "http://"]),
         ("queue.url=localhost:6379", ["queue.url", "redis:// or rediss:// or unix://"]),
+        ("trainer.gpus=[0, 1]", ["trainer.gpus: [0, 1]", "1 different devices"]),
+        ("rollout.gpus=[0, -1]", ["rollout.gpus"]),
         ("weights.keep=1", ["weights.keep", "greater than or equal to 2"]),
         ("trainer", ["key.sub=value"]),
         ("trainer.steps.deep=1", ["trainer.steps.deep=1", "not a section"]),

@@ -23,14 +23,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _environment(recipe: Recipe, threads: int | None) -> dict[str, str]:
+def _environment(recipe: Recipe, threads: int | None, gpus: list[int] | None = None) -> dict[str, str]:
     """What a process gets beside our own environment, which wins where it says something."""
     wanted = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # their output goes to log files
     # Idle OpenMP threads spin, and with several processes on the same cores they spin in each other's way: asleep where
     # generation overlaps training (3.6 s -> 1.2 s a step in benchmarks/step.py), briefly where they take turns.
     wanted |= {"OMP_WAIT_POLICY": "PASSIVE"} if recipe.pacing.max_staleness else {"GOMP_SPINCOUNT": "10000"}
     wanted = {key: value for key, value in wanted.items() if key not in os.environ}
+    if gpus is not None:
+        wanted["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     return wanted if threads is None else {**wanted, "OMP_NUM_THREADS": str(threads)}
+
+
+def _share(gpus: list[int] | None, number: int, replicas: int) -> list[int] | None:
+    """The devices of replica `number`."""
+    if gpus is None:
+        return None
+    size = len(gpus) // replicas
+    return gpus[number * size : (number + 1) * size]
 
 
 def _server(kind: str, number: int, port: int, resolved: Path, env: dict[str, str]) -> Service:
@@ -48,7 +58,7 @@ def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
     restart_args = ["--resume"]
     if resume:
         argv, restart_args = argv + restart_args, []
-    env = _environment(recipe, recipe.trainer.threads)
+    env = _environment(recipe, recipe.trainer.threads, recipe.trainer.gpus)
     return Service("trainer", argv, env=env, restart_args=restart_args, may_finish=True)
 
 
@@ -134,9 +144,13 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     except OSError as error:
         raise StartupError(f"cannot write {resolved}: {error.strerror}") from error
     for number, port in enumerate(rollout_ports):
-        services.append(_server("rollout", number, port, resolved, _environment(recipe, recipe.rollout.threads)))
+        gpus = _share(recipe.rollout.gpus, number, recipe.rollout.replicas)
+        env = _environment(recipe, recipe.rollout.threads, gpus)
+        services.append(_server("rollout", number, port, resolved, env))
     for number, port in enumerate(reward_ports):
-        services.append(_server("reward", number, port, resolved, _environment(recipe, recipe.scorer.threads)))
+        gpus = _share(recipe.scorer.gpus, number, recipe.scorer.replicas)
+        env = _environment(recipe, recipe.scorer.threads, gpus)
+        services.append(_server("reward", number, port, resolved, env))
     services.append(_trainer(recipe, resolved, resume))
     services.append(Service("orchestrator", [*RLIF, "orchestrate", str(resolved)], may_finish=True))
     return services, filled
