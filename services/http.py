@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -34,6 +33,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import codec
+from services.problem import Problem, problem_response, request_id, validation_problem
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,6 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.js
 OPEN_FOLDER = "/static-offline-docs/"
 """Served without a token and outside the concurrency limit: probes and scrapers must get through a busy server."""
 REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
-
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 REQUESTS = Counter("rlif_http_requests_total", "HTTP requests by route and status", ["service", "route", "status"])
 SECONDS = Histogram(
@@ -57,17 +55,6 @@ IN_FLIGHT = Gauge("rlif_http_requests_in_flight", "Requests being served", ["ser
 
 class StartupError(Exception):
     """The service cannot start; the message is one line for the person who started it."""
-
-
-class Problem(Exception):
-    """An error answer. `field` names the part of the request at fault; `retry_after` is in seconds."""
-
-    def __init__(
-        self, status: int, title: str, detail: str = "", field: str | None = None, retry_after: float | None = None
-    ):
-        super().__init__(f"{status} {title}: {detail}")
-        self.status, self.title, self.detail = status, title, detail
-        self.field, self.retry_after = field, retry_after
 
 
 @dataclass(frozen=True)
@@ -97,45 +84,6 @@ def settings_from_environment(host: str) -> HttpSettings:
     if api_token is None and not is_loopback(host):
         raise StartupError(f"--host {host}: set RLIF_API_TOKEN to serve beyond this machine, or bind to 127.0.0.1")
     return HttpSettings(host=host, api_token=api_token, admin_token=admin_token)
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------
-
-
-def _problem_response(problem: Problem, errors: list[dict[str, str]] | None = None) -> Response:
-    if errors is None and problem.field:
-        errors = [{"field": problem.field, "message": problem.detail or problem.title}]
-    body = {"type": "about:blank", "title": problem.title, "status": problem.status, "request_id": request_id.get()}
-    if problem.detail:
-        body["detail"] = problem.detail
-    if errors:
-        body["errors"] = errors
-    headers = {}
-    if problem.retry_after is not None:
-        headers["Retry-After"] = str(max(1, round(problem.retry_after)))
-    if problem.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return Response(orjson.dumps(body), problem.status, headers, "application/problem+json")
-
-
-def _field(location: tuple[Any, ...]) -> str:
-    """("body", "items", 0, "prompt") -> items[0].prompt"""
-    parts = location[1:] if location and location[0] == "body" else location
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    return text.lstrip(".") or "body"
-
-
-def _validation_problem(error: RequestValidationError) -> Response:
-    errors = []
-    for fault in error.errors()[:20]:
-        field, message = _field(tuple(fault["loc"])), fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "json_invalid":
-            field, message = "body", f"not valid JSON: {fault.get('ctx', {}).get('error', message)}"
-        elif not isinstance(fault.get("input"), dict | list | bytes):
-            message = f"{message} (got {fault.get('input')!r:.100})"
-        errors.append({"field": field, "message": message})
-    detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:3])
-    return _problem_response(Problem(422, "The request is not valid", detail), errors)
 
 
 # ---- msgpack beside JSON ---------------------------------------------------------------------------------------
@@ -205,18 +153,18 @@ class _Gate:
             async with asyncio.timeout(deadline) as limit:
                 await self.app(scope, self._bounded(receive), answer)
         except Problem as problem:
-            await _problem_response(problem)(scope, receive, answer)
+            await problem_response(problem)(scope, receive, answer)
         except TimeoutError:
             if status or not limit.expired():
                 raise
             late = Problem(504, "The deadline passed", f"X-Deadline-Seconds: {deadline:g} s were not enough")
-            await _problem_response(late)(scope, receive, answer)
+            await problem_response(late)(scope, receive, answer)
         except Exception as error:
             log.error("%s %s failed", scope["method"], _shown_path(scope), exc_info=error)
             if status:
                 raise
             crash = Problem(500, "Internal error", f"logged under request id {request_id.get()}")
-            await _problem_response(crash)(scope, receive, answer)
+            await problem_response(crash)(scope, receive, answer)
         finally:
             self.in_flight -= counted
             IN_FLIGHT.labels(self.service).set(self.in_flight)
@@ -338,15 +286,15 @@ def create_app(
 
     @app.exception_handler(Problem)
     async def on_problem(_: Request, problem: Problem) -> Response:
-        return _problem_response(problem)
+        return problem_response(problem)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> Response:
-        return _validation_problem(error)
+        return validation_problem(error)
 
     @app.exception_handler(HTTPException)
     async def on_http(_: Request, error: HTTPException) -> Response:
-        return _problem_response(Problem(error.status_code, str(error.detail)))
+        return problem_response(Problem(error.status_code, str(error.detail)))
 
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:

@@ -6,7 +6,8 @@ import sys
 
 import orjson
 
-from services.http import StartupError, request_id
+from services.http import StartupError
+from services.problem import request_id
 
 
 class _Text(logging.Formatter):
