@@ -157,7 +157,7 @@ def test_score_a_file(reward_url, tmp_path):
         "score", "--url", reward_url, "--file", source, "--out", tmp_path / "absent" / "out.jsonl"
     )
     wrong = rlif("score", "--url", reward_url, "--file", source, "--out", tmp_path / "new.jsonl", "--metric", "fame")
-    assert wrong.returncode == 1 and not list(tmp_path.glob("new.jsonl*"))
+    assert wrong.returncode == 2 and not list(tmp_path.glob("new.jsonl*"))
 
 
 def test_score_without_a_server_fails_with_its_address():
