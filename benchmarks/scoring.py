@@ -76,8 +76,9 @@ def prepare(options: argparse.Namespace) -> tuple[Callable[[], float], Callable[
     import torch
 
     torch.set_num_threads(options.threads)
+    from reward_server.scorer.items import TokenItem
     from reward_server.scorer.metrics import METRICS
-    from reward_server.scorer.transformers import TokenItem, TransformersScorer
+    from reward_server.scorer.transformers import TransformersScorer
 
     scorer = TransformersScorer(str(options.model), options.dtype, "cpu")
     length = options.prompt + options.completion

@@ -6,9 +6,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request, Response
+import httpx
+from fastapi import FastAPI, Query, Request, Response
 
 from reward_server import compat, scoring
 from reward_server.encoding import Encoder
@@ -62,9 +63,10 @@ def create(settings: Settings) -> FastAPI:
     if settings.redis_url is not None and settings.run_id is None:
         raise StartupError("following a run needs its name beside the Redis URL")
     service = _scorer_service(settings)
-    specs = _specs(settings, service is not None)
     workers = WorkerPool(settings.verifier_workers, warm_up=[math_verify.WARM_UP])
-    means = Means(workers, service, Encoder(service.scorer.tokenizer, service.scorer.max_length) if service else None)
+    encoder = Encoder(service.scorer.tokenizer, service.scorer.max_length) if service else None
+    means = Means(workers, service, encoder, http=httpx.AsyncClient())
+    specs = _specs(settings, means.have)
 
     def ready() -> dict[str, str]:
         states = {"verifier": workers.state, "specs": specs.store.state()}
@@ -89,6 +91,8 @@ def create(settings: Settings) -> FastAPI:
             if service:
                 await service.stop()
             await workers.stop()
+            if means.http:
+                await means.http.aclose()
             await specs.store.close()
 
     app = create_app("reward", "0.1.0", settings.http, ready, lifespan, __doc__ or "")
@@ -132,13 +136,13 @@ def _scorer_service(settings: Settings) -> Any:
     return ScorerService(scorer, settings.follow, settings.deterministic)
 
 
-def _specs(settings: Settings, has_scorer: bool) -> Specs:
+def _specs(settings: Settings, have: frozenset[str]) -> Specs:
     given = settings.default_spec
     try:
         default = named_spec(given) if isinstance(given, str) else given
         if settings.redis_url is not None and settings.run_id is not None:
-            return Specs(RedisStore(settings.redis_url, settings.run_id), default, has_scorer)
-        return Specs(MemoryStore(), default, has_scorer)
+            return Specs(RedisStore(settings.redis_url, settings.run_id), default, have)
+        return Specs(MemoryStore(), default, have)
     except SpecError as error:
         raise StartupError(f"the default reward spec: {error}") from error
     except ValueError as error:
@@ -197,7 +201,7 @@ def _add_reward_routes(app: FastAPI, specs: Specs, means: Means) -> None:
         """Every reward: what it needs, its parameters' JSON schema, its range, whether this server can compute it."""
         found = []
         for reward in REWARDS.values():
-            missing = reward.missing(means.scorer is not None)
+            missing = reward.missing(means.have)
             found.append(
                 {
                     "name": reward.name,
@@ -216,13 +220,23 @@ def _add_reward_routes(app: FastAPI, specs: Specs, means: Means) -> None:
 
 def _add_spec_routes(app: FastAPI, specs: Specs) -> None:
     @app.get("/v1/specs", tags=["specs"])
-    async def list_specs() -> dict[str, Any]:
-        """Built-in specs (each reward, and the presets), the server's default, and those that were put."""
-        return {"specs": [item.describe() for item in await specs.all()]}
+    async def list_specs(spec_id: str | None = None) -> dict[str, Any]:
+        """Built-in specs (each reward, and the presets), the server's default, and those that were put.
+
+        With `spec_id`: where the spec that a scored group names is, or was, known.
+        """
+        found = await specs.all() if spec_id is None else await specs.by_id(spec_id)
+        return {"specs": [item.describe() for item in found]}
 
     @app.get("/v1/specs/{name}", tags=["specs"])
-    async def get_spec(name: str) -> dict[str, Any]:
-        return (await specs.get(name)).describe()
+    async def get_spec(name: str, version: Annotated[int | None, Query(ge=0)] = None) -> dict[str, Any]:
+        """The newest version, or an earlier one."""
+        return (await (specs.get(name) if version is None else specs.version(name, version))).describe()
+
+    @app.get("/v1/specs/{name}/versions", tags=["specs"])
+    async def list_versions(name: str) -> dict[str, Any]:
+        """The versions of a name that are kept, oldest first."""
+        return {"versions": [item.describe() for item in await specs.history(name)]}
 
     @app.put("/v1/specs/{name}", tags=["specs"], dependencies=[require_admin])
     async def put_spec(name: str, spec: RewardSpec) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import Counter, Histogram
+import httpx
+from prometheus_client import Counter, Histogram, Summary
 
-from reward_server.combine import combine_scores
+from reward_server.combine import combine_scores, unanimous
 from reward_server.reward import Context, Params
 from reward_server.rewards import REWARDS
 from reward_server.specs import SpecError, check_spec, is_routed
+from reward_server.token_scores import TokenScores
 from reward_server.workers import Turn, WorkerPool
 from services.api import RewardGroup
 from services.contract import GroupScores, Outcome, Score
@@ -27,33 +29,56 @@ SECONDS = Histogram(
     ["reward"],
     buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
+VALUES = Summary("rlif_reward_value", "Raw (unweighted) values that a reward gave", ["reward"])
+SKIPPED = Counter("rlif_reward_skipped_groups_total", "Groups that a spec left out of training as unanimous")
 MAX_TEXT = 1_000_000
 """Characters of one completion."""
 
 
 @dataclass(frozen=True)
 class Means:
-    """What the rewards work with: verifier processes, and where there is a model, its scorer service and encoder."""
+    """What the rewards work with: verifier processes and, where the server has them, a scorer service with its encoder,
+    a sandbox, and a client for calls to other servers."""
 
     workers: WorkerPool
     scorer: Any = None
     encoder: Any = None
+    sandbox: Any = None
+    http: httpx.AsyncClient | None = None
+
+    @property
+    def have(self) -> frozenset[str]:
+        """The parts that rewards may need (`reward_server.reward.UNAVAILABLE`)."""
+        parts = {
+            "scorer": self.scorer is not None,
+            "reference_model": self.scorer is not None and self.scorer.has_reference,
+            "sandbox": self.sandbox is not None,
+        }
+        return frozenset(part for part, is_there in parts.items() if is_there)
 
 
 def check_groups(spec: RewardSpec, groups: list[RewardGroup]) -> None:
-    """Raises Problem (422) that names the field: a text too long, or a reference that a routed reward needs."""
+    """Raises Problem (422) that names the field: a text too long, a reference that a routed reward needs, or the
+    version that a schedule goes by."""
     for place, group in enumerate(groups):
         for number, completion in enumerate(group.completions):
             if len(completion.text) > MAX_TEXT:
                 detail = f"at most {MAX_TEXT} characters (got {len(completion.text)})"
                 raise Problem(422, "A completion is too long", detail, f"groups[{place}].completions[{number}].text")
-        answer = group.task.reference.answer if group.task.reference else None
-        if answer is not None and answer.strip():
-            continue
+        if spec.is_scheduled and group.weight_version is None:
+            detail = "the spec's schedule goes by the version of the policy that made the completions"
+            raise Problem(422, "A weight version is missing", detail, f"groups[{place}].weight_version")
+        reference = group.task.reference
+        lacking = {
+            "reference.answer": reference is None or not (reference.answer or "").strip(),
+            "reference.tests": reference is None or not reference.tests,
+        }
         for term in spec.rewards:
-            if "reference.answer" in REWARDS[term.name].needs and is_routed(term, group.task):
-                detail = f"the reward {term.key!r} needs it (task {group.task.task_id!r}, source {group.task.source!r})"
-                raise Problem(422, "A reference is missing", detail, f"groups[{place}].task.reference.answer")
+            for need in REWARDS[term.name].needs:
+                if lacking.get(need) and is_routed(term, group.task):
+                    task = f"task {group.task.task_id!r}, source {group.task.source!r}"
+                    detail = f"the reward {term.key!r} needs it ({task})"
+                    raise Problem(422, "A reference is missing", detail, f"groups[{place}].task.{need}")
 
 
 async def _term_scores(term: RewardTerm, params: Params, group: RewardGroup, context: Context) -> list[Score]:
@@ -73,7 +98,32 @@ async def _term_scores(term: RewardTerm, params: Params, group: RewardGroup, con
         scores = [skipped] * len(group.completions)
     for score in scores:
         SCORES.labels(term.name, score.outcome.value).inc()
+        if score.value is not None:
+            VALUES.labels(term.name).observe(score.value)
     return scores
+
+
+async def _components(
+    spec: RewardSpec, params: dict[str, Params], group: RewardGroup, context: Context
+) -> dict[str, list[Score]]:
+    """The scores by term key. Terms run at the same time; those that read the scorer share its pass."""
+    scorings = [
+        scoring(params[term.key])
+        for term in spec.rewards
+        if (scoring := REWARDS[term.name].scoring) is not None and is_routed(term, group.task)
+    ]
+    tasks: dict[str, asyncio.Future[list[Score]]] = {}
+    context.others = tasks
+    context.token_scores = TokenScores(group, scorings, context)
+    for term in spec.rewards:
+        tasks[term.key] = asyncio.create_task(_term_scores(term, params[term.key], group, context))
+    try:
+        await asyncio.gather(*tasks.values())
+        return {key: task.result() for key, task in tasks.items()}
+    finally:
+        for task in tasks.values():
+            task.cancel()
+        context.token_scores.close()
 
 
 async def score_groups(spec: RewardSpec, groups: list[RewardGroup], means: Means, deadline: float) -> list[GroupScores]:
@@ -82,20 +132,26 @@ async def score_groups(spec: RewardSpec, groups: list[RewardGroup], means: Means
     Raises Problem when the request cannot be scored as a whole (see `check_groups`).
     """
     try:
-        params = check_spec(spec, means.scorer is not None)
+        params = check_spec(spec, means.have)
     except SpecError as error:
         raise Problem(422, "The spec cannot be computed here", str(error), "spec") from error
     check_groups(spec, groups)
     turn = Turn()
 
     async def one(place: int, group: RewardGroup) -> GroupScores:
-        context = Context(means.workers, deadline, turn, f"groups[{place}]", means.scorer, means.encoder)
-        columns = await asyncio.gather(*(_term_scores(term, params[term.key], group, context) for term in spec.rewards))
-        components = {term.key: scores for term, scores in zip(spec.rewards, columns, strict=True)}
+        context = Context(
+            means.workers, deadline, turn, f"groups[{place}]", means.scorer, means.encoder, means.sandbox, means.http
+        )
+        components = await _components(spec, params, group, context)
+        version = group.weight_version.version if group.weight_version else 0
+        reason = unanimous(spec, {key: [score.value for score in scores] for key, scores in components.items()})
+        if reason:
+            SKIPPED.inc()
         return GroupScores(
             group_id=group.group_id,
-            scores=combine_scores(spec, components, len(group.completions)),
+            scores=combine_scores(spec, components, len(group.completions), version),
             spec_id=spec.spec_id,
+            skipped=reason,
             scorer_weight_version=context.weight_version,
         )
 

@@ -1,9 +1,11 @@
 """What a reward is: a scoring function with typed parameters, and what it needs, says and ranges over."""
 
+import asyncio
+import dataclasses
 import importlib.util
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,7 +13,20 @@ from reward_server.workers import Turn, WorkerPool
 from services.api import RewardGroup
 from services.contract import Score, Version
 
-Need = Literal["scorer", "reference.answer", "math-verify"]
+if TYPE_CHECKING:
+    import httpx
+
+    from reward_server.token_scores import Scoring, TokenScores
+
+Need = Literal["scorer", "reference_model", "sandbox", "reference.answer", "reference.tests", "math-verify"]
+
+UNAVAILABLE: dict[Need, str] = {
+    "scorer": "it needs a scorer model, and the server was started without one",
+    "reference_model": "it needs a reference model, and the server was started without one (--reference-model)",
+    "sandbox": "it needs a sandbox for untrusted code, and the server was started without one (--sandbox)",
+}
+PACKAGES: dict[Need, tuple[str, str]] = {"math-verify": ("math_verify", "verify")}
+"""Needs that are packages: their module, and the extra that brings it."""
 
 
 class Params(BaseModel):
@@ -26,7 +41,8 @@ class Context:
 
     `deadline` is in time.monotonic() seconds; `field` is where the request holds the group. `scorer` (a
     reward_server.scorer.service.ScorerService) and `encoder` (a reward_server.encoding.Encoder) are there when the
-    server has a model.
+    server has a model, `sandbox` (a reward_server.sandbox.provider.Sandbox) when it has one. `token_scores` answers
+    from the one scoring pass that all rewards of the group share.
     """
 
     workers: WorkerPool
@@ -35,16 +51,28 @@ class Context:
     field: str = "groups[0]"
     scorer: Any = None
     encoder: Any = None
+    sandbox: Any = None
+    http: "httpx.AsyncClient | None" = None
+    token_scores: "TokenScores | None" = None
     weight_version: Version | None = None
+    others: Mapping[str, "asyncio.Future[list[Score]]"] = dataclasses.field(default_factory=dict)
 
     def scored_by(self, version: Version) -> None:
         """Say which weights made a score; of several, the oldest stands for the group."""
         self.weight_version = version if self.weight_version is None else min(version, self.weight_version)
 
+    async def scores_of(self, key: str) -> list[Score]:
+        """The scores of another term of the spec, for a reward that names it in `depends`."""
+        return await asyncio.shield(self.others[key])
+
 
 @dataclass(frozen=True)
 class Reward:
-    """`score(group, params, context)` gives one Score a completion, in order. `range` ends are none where unbounded."""
+    """`score(group, params, context)` gives one Score a completion, in order. `range` ends are none where unbounded.
+
+    `scoring` says what the reward reads off the scorer's pass; `depends` which other terms of the spec (by key) it
+    builds on. Both are functions of the parameters.
+    """
 
     name: str
     description: str
@@ -52,11 +80,15 @@ class Reward:
     range: tuple[float | None, float | None]
     params: type[Params]
     score: Callable[[RewardGroup, Any, Context], Awaitable[list[Score]]]
+    scoring: "Callable[[Any], Scoring] | None" = None
+    depends: Callable[[Any], tuple[str, ...]] | None = None
 
-    def missing(self, has_scorer: bool) -> str | None:
-        """Why this server cannot compute the reward; none when it can."""
-        if "scorer" in self.needs and not has_scorer:
-            return "it needs a scorer model, and the server was started without one"
-        if "math-verify" in self.needs and importlib.util.find_spec("math_verify") is None:
-            return "it needs the package math-verify, which is not installed (pip install 'rlif[verify]')"
+    def missing(self, have: frozenset[str]) -> str | None:
+        """Why a server that has the parts `have` cannot compute the reward; none when it can."""
+        for need in self.needs:
+            if need in UNAVAILABLE and need not in have:
+                return UNAVAILABLE[need]
+            module, extra = PACKAGES.get(need, ("", ""))
+            if module and importlib.util.find_spec(module) is None:
+                return f"it needs the package {need}, which is not installed (pip install 'rlif[{extra}]')"
         return None

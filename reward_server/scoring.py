@@ -11,8 +11,8 @@ from services.http import Problem
 
 def token_items(body: ScoreRequest, encoder: Encoder, check: Any) -> list[Any]:
     """The scorer's items of a request; `check` is the scorer's own. Raises Problem (422) naming the field."""
+    from reward_server.scorer.items import TokenItem
     from reward_server.scorer.metrics import METRICS
-    from reward_server.scorer.transformers import TokenItem
 
     for place, name in enumerate(body.metrics):
         if name not in METRICS:

@@ -1,7 +1,8 @@
 """Reward specs by name while the server runs: what came with it, its default, and what was put.
 
 Put specs live in memory, or, when the server belongs to a run, in the run's Redis hash `specs`, where restarts and
-replicas find them. Every put raises the version of its name, also after a delete.
+replicas find them. Every put and every delete raises the version of its name; the last versions stay readable, since
+groups scored by them may still be on their way.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import orjson
 from redis.exceptions import RedisError
 
-from reward_server.specs import BUILT_IN, SpecError, check_spec
+from reward_server.specs import SpecError, built_in, check_spec
 from services.http import Problem
 from services.keys import Keys
 from services.redis import DeadlineExceeded, connect, insist
@@ -27,17 +28,25 @@ log = logging.getLogger(__name__)
 DEFAULT = "default"
 """The name of the spec that a request without one is scored by. It can be put, so that a run can be steered."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEPT_VERSIONS = 100
+"""Versions of one name that stay readable."""
 REDIS_SECONDS = 10.0
+
+Edit = Callable[[bytes | None], dict[str, bytes | None]]
+"""From an entry as it is to entries to write; none removes one."""
 
 
 class Store(Protocol):
-    """Entries are JSON objects {"version": int, "spec": {...} | null (deleted), "updated_at": unix seconds}."""
+    """Entries are JSON objects {"version": int, "spec": {...} | null (deleted), "updated_at": unix seconds}.
+
+    The newest entry of a name stands under the name, version N of it under `name@N` as well.
+    """
 
     def state(self) -> str: ...
     async def watch(self) -> None: ...
     async def read(self, name: str) -> bytes | None: ...
     async def read_all(self) -> dict[str, bytes]: ...
-    async def change(self, name: str, edit: Callable[[bytes | None], bytes]) -> None: ...
+    async def change(self, name: str, edit: Edit) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -57,8 +66,12 @@ class MemoryStore:
     async def read_all(self) -> dict[str, bytes]:
         return dict(self.entries)
 
-    async def change(self, name: str, edit: Callable[[bytes | None], bytes]) -> None:
-        self.entries[name] = edit(self.entries.get(name))
+    async def change(self, name: str, edit: Edit) -> None:
+        for field, entry in edit(self.entries.get(name)).items():
+            if entry is None:
+                self.entries.pop(field, None)
+            else:
+                self.entries[field] = entry
 
     async def close(self) -> None:
         pass
@@ -82,12 +95,16 @@ class RedisStore:
         found = await self._insist(lambda: self.client.hgetall(self.key))
         return {name.decode(errors="replace"): entry for name, entry in found.items()}
 
-    async def change(self, name: str, edit: Callable[[bytes | None], bytes]) -> None:
+    async def change(self, name: str, edit: Edit) -> None:
         async def once() -> None:
             async def swap(pipe: Any) -> None:
-                entry = edit(await pipe.hget(self.key, name))
+                changes = edit(await pipe.hget(self.key, name))
                 pipe.multi()
-                pipe.hset(self.key, name, entry)
+                for field, entry in changes.items():
+                    if entry is None:
+                        pipe.hdel(self.key, field)
+                    else:
+                        pipe.hset(self.key, field, entry)
 
             await self.client.transaction(swap, self.key)
 
@@ -138,12 +155,13 @@ class NamedSpec:
 class Specs:
     """Names to specs. `default` is what the server was started with, if anything."""
 
-    def __init__(self, store: Store, default: RewardSpec | None, has_scorer: bool):
-        """Raises SpecError when the default cannot be computed here."""
-        self.store, self.has_scorer = store, has_scorer
-        self.built_in = BUILT_IN if default is None else {**BUILT_IN, DEFAULT: default}
+    def __init__(self, store: Store, default: RewardSpec | None, have: frozenset[str]):
+        """`have`: the parts of the server, see `check_spec`. Raises SpecError when the default cannot be computed."""
+        self.store, self.have = store, have
+        self.reserved = built_in()
+        self.built_in = self.reserved if default is None else {**self.reserved, DEFAULT: default}
         if default is not None:
-            check_spec(default, has_scorer)
+            check_spec(default, have)
 
     async def get(self, name: str | None, status: int = 404) -> NamedSpec:
         """Raises Problem (`status`) for a name nobody knows, or when none was given and there is no default."""
@@ -161,26 +179,59 @@ class Specs:
     async def all(self) -> list[NamedSpec]:
         found = {name: NamedSpec(name, spec) for name, spec in self.built_in.items()}
         for name, entry in (await self.store.read_all()).items():
+            if "@" in name:
+                continue
             with suppress(Problem):  # the others can be used all the same
                 if (stored := _stored(name, entry)) is not None:
                     found[name] = stored
         return list(found.values())
 
+    async def version(self, name: str, version: int) -> NamedSpec:
+        """Raises Problem (404): no such version, or not kept any more."""
+        if version == 0 and name in self.built_in:
+            return NamedSpec(name, self.built_in[name])
+        stored = _stored(name, await self.store.read(f"{name}@{version}"))
+        if stored is None:
+            detail = f"spec {name!r} has no version {version} (the last {KEPT_VERSIONS} are kept)"
+            raise Problem(404, "Unknown version", detail, "version")
+        return stored
+
+    async def history(self, name: str) -> list[NamedSpec]:
+        """The versions of a name that are kept, oldest first. Raises Problem (404): there are none."""
+        kept = [NamedSpec(name, self.built_in[name])] if name in self.built_in else []
+        for field, entry in (await self.store.read_all()).items():
+            if field.startswith(f"{name}@"):
+                with suppress(Problem):
+                    kept += [stored] if (stored := _stored(name, entry)) is not None else []
+        if not kept:
+            raise Problem(404, "Unknown spec", f"no spec {name!r} was put", "name")
+        return sorted(kept, key=lambda item: item.version)
+
+    async def by_id(self, spec_id: str) -> list[NamedSpec]:
+        """Every name and kept version under which the content of `spec_id` is or was known: what a group names."""
+        known = [NamedSpec(name, spec) for name, spec in self.built_in.items()]
+        for field, entry in (await self.store.read_all()).items():
+            name, is_version, _ = field.partition("@")
+            if is_version:
+                with suppress(Problem):
+                    known += [stored] if (stored := _stored(name, entry)) is not None else []
+        return [item for item in known if item.spec.spec_id == spec_id]
+
     async def put(self, name: str, spec: RewardSpec) -> NamedSpec:
         """Raises Problem: 409 for a built-in name, 422 for a bad name or a spec this server cannot compute."""
-        _check_name(name)
+        self._check_name(name)
         try:
-            check_spec(spec, self.has_scorer)
+            check_spec(spec, self.have)
         except SpecError as error:
             raise Problem(422, "The reward spec is not valid", error.reason, error.field) from error
-        await self.store.change(name, lambda entry: _next_entry(entry, spec))
+        await self.store.change(name, lambda entry: _next_entry(name, entry, spec))
         put = await self.get(name)
         log.info("spec %s is now version %d, %s", name, put.version, put.spec.spec_id)
         return put
 
     async def delete(self, name: str) -> None:
         """Raises Problem: 409 for a built-in name, 404 when there is nothing to delete."""
-        _check_name(name)
+        self._check_name(name)
         entry = await self.store.read(name)
         try:
             is_there = _stored(name, entry) is not None
@@ -188,24 +239,25 @@ class Specs:
             is_there = True
         if not is_there:
             raise Problem(404, "Unknown spec", f"no spec {name!r} was put", "name")
-        await self.store.change(name, lambda entry: _next_entry(entry, None))
+        await self.store.change(name, lambda entry: _next_entry(name, entry, None))
         log.info("spec %s was deleted", name)
 
+    def _check_name(self, name: str) -> None:
+        if name in self.reserved:
+            raise Problem(409, "The spec is built in", f"{name!r} comes with the server; put another name", "name")
+        if not NAME.fullmatch(name):
+            detail = f"letters, digits, `.`, `_` and `-`, at most 64 (got {name!r:.100})"
+            raise Problem(422, "Bad name", detail, "name")
 
-def _check_name(name: str) -> None:
-    if name in BUILT_IN:
-        raise Problem(409, "The spec is built in", f"{name!r} comes with the server; put another name", "name")
-    if not NAME.fullmatch(name):
-        raise Problem(422, "Bad name", f"letters, digits, `.`, `_` and `-`, at most 64 (got {name!r:.100})", "name")
 
-
-def _next_entry(before: bytes | None, spec: RewardSpec | None) -> bytes:
+def _next_entry(name: str, before: bytes | None, spec: RewardSpec | None) -> dict[str, bytes | None]:
     try:
         version = orjson.loads(before)["version"] + 1 if before else 1
     except (ValueError, TypeError, KeyError):  # somebody else's words: a put replaces them
         version = 1
     body = None if spec is None else spec.model_dump(mode="json")
-    return orjson.dumps({"version": version, "spec": body, "updated_at": time.time()})
+    entry = orjson.dumps({"version": version, "spec": body, "updated_at": time.time()})
+    return {name: entry, f"{name}@{version}": entry, f"{name}@{version - KEPT_VERSIONS}": None}
 
 
 def _stored(name: str, entry: bytes | None) -> NamedSpec | None:

@@ -116,10 +116,16 @@ class CompletionText(Wire):
 
 
 class RewardGroup(Wire):
+    """`weight_version` is the policy's that made the completions: a spec's schedules go by it.
+
+    `min_weight_version`: a scorer that follows by `match` waits until it serves at least it.
+    """
+
     group_id: str = Field(min_length=1, max_length=128)
     task: Task
     prompt_token_ids: list[TokenId] | None = None
     completions: list[CompletionText] = Field(min_length=1, max_length=1024)
+    weight_version: Version | None = None
     min_weight_version: Version | None = None
 
 

@@ -199,11 +199,15 @@ class CompletionScore(Wire):
 
 
 class GroupScores(Wire):
-    """The scored part of a group; `scores` run parallel to the group's completions."""
+    """The scored part of a group; `scores` run parallel to the group's completions.
+
+    `skipped` says why the spec leaves the whole group out of training (its completions are then not valid).
+    """
 
     group_id: str
     scores: list[CompletionScore]
     spec_id: str
+    skipped: str = ""
     scorer_weight_version: Version | None = None
 
 
@@ -212,6 +216,7 @@ class ScoredGroup(Group):
 
     scores: list[CompletionScore]
     spec_id: str
+    skipped: str = ""
     scorer_weight_version: Version | None = None
 
     @model_validator(mode="after")
@@ -228,6 +233,7 @@ class ScoredGroup(Group):
             **{name: getattr(group, name) for name in Group.model_fields},
             scores=scored.scores,
             spec_id=scored.spec_id,
+            skipped=scored.skipped,
             scorer_weight_version=scored.scorer_weight_version,
         )
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_server.combine import LIMIT, advantages, combine_scores, normalize
+from reward_server.combine import advantages, combine_scores
+from reward_server.normalize import LIMIT, normalize
 from reward_server.presets import PRESETS
 from services.contract import Outcome, Score
 from services.spec import Combine, RewardSpec, RewardTerm

@@ -10,7 +10,7 @@ from reward_server.evaluate import Means, score_groups
 from reward_server.reward import Context
 from reward_server.rewards import REWARDS, exact_match, format, length, patterns, repetition
 from reward_server.rewards.random import RandomParams, draw
-from reward_server.specs import BUILT_IN, SpecError, check_spec, named_spec
+from reward_server.specs import SpecError, built_in, check_spec, named_spec
 from reward_server.workers import Limits, Turn, WorkerPool
 from services.api import CompletionText, RewardGroup
 from services.contract import Outcome, Reference, Task
@@ -117,9 +117,9 @@ def test_random_is_uniform():
 
 
 def test_every_reward_and_preset_is_a_spec_with_good_defaults():
-    assert set(REWARDS) < set(BUILT_IN)
-    assert {"intuitor", "grpo", "intuitor_plus_accuracy", "open_r1_mix"} < set(BUILT_IN)
-    for name in BUILT_IN:
+    assert set(REWARDS) < set(built_in())
+    assert {"intuitor", "grpo", "intuitor_plus_accuracy", "open_r1_mix"} < set(built_in())
+    for name in built_in():
         check_spec(named_spec(name))
 
 
@@ -142,7 +142,7 @@ def test_every_reward_and_preset_is_a_spec_with_good_defaults():
 def test_what_cannot_be_computed_is_named(term, field, says):
     spec = RewardSpec(rewards=[RewardTerm(name="random"), RewardTerm(**term)])
     with pytest.raises(SpecError) as refusal:
-        check_spec(spec, has_scorer=False)
+        check_spec(spec, have=frozenset())
     assert refusal.value.field == field and says in refusal.value.reason
 
 

@@ -9,8 +9,9 @@ import torch
 from scoring_oracle import model_oracle
 from tiny import make_tiny_model
 
+from reward_server.scorer.items import TokenItem
 from reward_server.scorer.metrics import METRICS
-from reward_server.scorer.transformers import TokenItem, TransformersScorer
+from reward_server.scorer.transformers import TransformersScorer
 from services.contract import Version
 
 EOS = 2

@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny import make_tiny_model
 
+from reward_server.scorer.items import TokenItem
 from reward_server.scorer.metrics import METRICS
 from reward_server.scorer.service import ScorerService, ScoringFailed
-from reward_server.scorer.transformers import TokenItem, TransformersScorer
+from reward_server.scorer.transformers import TransformersScorer
 from services.contract import Version
 
 ALL = tuple(METRICS)

@@ -3,16 +3,14 @@
 SC = mean_t KL(U || p_t) = mean_t [ logsumexp(z_t) - mean_j z_tj - log V ], natural logarithm (arXiv 2505.19590).
 """
 
-import asyncio
-import time
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from reward_server.reward import Context, Params, Reward
+from reward_server.token_scores import Scoring
 from services.api import RewardGroup
-from services.contract import LOWEST_TEMPERATURE, Outcome, Score
-from services.http import Problem
+from services.contract import LOWEST_TEMPERATURE, Score
 
 
 class SelfCertaintyParams(Params):
@@ -20,53 +18,14 @@ class SelfCertaintyParams(Params):
     preset: Literal["paper", "open_r1", "verl"] = Field("paper", description="the definition; see /v1/score")
 
 
-def _items(group: RewardGroup, params: SelfCertaintyParams, context: Context) -> list[Any]:
-    """What to score of each completion, or why it cannot be (a string)."""
-    from reward_server.scorer.transformers import TokenItem
-
-    task, encoder = group.task, context.encoder
-    prompt = encoder.prompt(f"{context.field}.task", task.messages, task.prompt, group.prompt_token_ids)
-    items: list[Any] = []
-    for completion in group.completions:
-        try:
-            token_ids = encoder.completion(completion.text, completion.token_ids)
-            item = TokenItem(prompt, token_ids, ("self_certainty",), params.temperature, params.preset)
-            context.scorer.scorer.check(item)
-            items.append(item)
-        except ValueError as error:
-            items.append(str(error))
-    return items
+def scoring(params: SelfCertaintyParams) -> Scoring:
+    return Scoring(("self_certainty",), params.temperature, params.preset)
 
 
-async def score(group: RewardGroup, params: SelfCertaintyParams, context: Context) -> list[Score]:
-    """All completions of the group in one call, hence under one weight version. Raises Problem (504): the scorer did
-    not answer in time, which says nothing of the completions."""
-    from reward_server.scorer.service import ScoringFailed
-
-    started = time.monotonic()
-    items = await asyncio.to_thread(_items, group, params, context)
-    scores: dict[int, Score] = {}
-    for place, item in enumerate(items):
-        if isinstance(item, str):
-            scores[place] = Score.failed(Outcome.error, item)
-    sound = [place for place in range(len(items)) if place not in scores]
-    if sound:
-        remaining = max(0.0, context.deadline - time.monotonic())
-        try:
-            scored = await context.scorer.score([items[place] for place in sound], group.min_weight_version, remaining)
-        except TimeoutError as error:
-            raise Problem(504, "The scorer did not answer in time", str(error)) from error
-        except ScoringFailed as error:
-            failed = Score.failed(Outcome.error, str(error), time.monotonic() - started)
-            return [scores.get(place, failed) for place in range(len(items))]
-        context.scored_by(scored.version)
-        seconds = time.monotonic() - started
-        for place, result in zip(sound, scored.results, strict=True):
-            if result.n_tokens:
-                scores[place] = Score.of(result.scores["self_certainty"], seconds=seconds)
-            else:
-                scores[place] = Score.failed(Outcome.skipped, "the completion has no tokens", seconds)
-    return [scores[place] for place in range(len(items))]
+async def score(_group: RewardGroup, params: SelfCertaintyParams, context: Context) -> list[Score]:
+    assert context.token_scores is not None
+    found = await context.token_scores.read(scoring(params))
+    return [item if isinstance(item, Score) else Score.of(item.scores["self_certainty"]) for item in found]
 
 
 REWARD = Reward(
@@ -76,4 +35,5 @@ REWARD = Reward(
     range=(0.0, None),
     params=SelfCertaintyParams,
     score=score,
+    scoring=scoring,
 )

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from reward_server.scorer.transformers import Abandoned, ItemScores, TokenItem, TransformersScorer
+from reward_server.scorer.items import Abandoned, ItemScores, TokenItem
+from reward_server.scorer.transformers import TransformersScorer
 from services.contract import Version
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ class ScorerService:
             _fail(call, ScoringFailed("the scorer is shutting down"), "shutdown")
         self._calls.clear()
         self._thread.end()
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the scorer also has a reference model to compare with."""
+        return False
 
     def state(self) -> str:
         """ "ok", or why no call is being served: for readiness probes."""

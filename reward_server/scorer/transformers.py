@@ -6,56 +6,22 @@ causal model never looks right, so rows of real tokens are what they would be wi
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward_server.scorer.head import Head, check_head, head_of
-from reward_server.scorer.metrics import METRICS, PRESETS, Preset, Statistics, tiled_statistics
+from reward_server.scorer.items import Abandoned, ItemScores, TokenItem, check_item
+from reward_server.scorer.metrics import METRICS, Statistics, tiled_statistics
 from services.contract import Version
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TokenItem:
-    """One completion to score, and how. Tokens after the completion's first EOS are left out.
-
-    `temperature` divides the logits. Preset `open_r1` reads self-certainty from the row *of* each token instead of the
-    row before it, without temperature and without log V; `verl` leaves out log V alone.
-    """
-
-    prompt_ids: Sequence[int]
-    completion_ids: Sequence[int]
-    metrics: tuple[str, ...] = ("self_certainty",)
-    temperature: float = 1.0
-    preset: Preset = "paper"
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
-
-
-@dataclass(frozen=True)
-class ItemScores:
-    """`n_tokens` tokens were scored; `per_token` holds float64 [n_tokens] by metric. Without tokens, no values.
-
-    A value is NaN when the model's own logits are not finite.
-    """
-
-    n_tokens: int
-    scores: dict[str, float] = field(default_factory=dict)
-    per_token: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-class Abandoned(Exception):
-    """The scores are not wanted any more, so they were not computed to the end."""
 
 
 class TransformersScorer:
@@ -110,24 +76,7 @@ class TransformersScorer:
 
     def check(self, item: TokenItem) -> None:
         """Raises ValueError naming the field, the value and what would be valid."""
-        unknown = [name for name in item.metrics if name not in METRICS]
-        if unknown or not item.metrics:
-            raise ValueError(f"metrics: unknown {unknown!r}; known: {', '.join(METRICS)}")
-        if item.preset not in PRESETS:
-            raise ValueError(f"preset: {item.preset!r} is not one of {', '.join(PRESETS)}")
-        if not item.temperature > 0:
-            raise ValueError(f"temperature: must be positive (got {item.temperature})")
-        if not len(item.prompt_ids):
-            raise ValueError("prompt: is empty, so nothing predicts the completion's first token; give it a BOS token")
-        if self.max_length is not None and len(item) > self.max_length:
-            raise ValueError(
-                f"completion: with its prompt it has {len(item)} tokens, more than the model's {self.max_length} "
-                "positions"
-            )
-        for name, ids in (("prompt_token_ids", item.prompt_ids), ("completion_token_ids", item.completion_ids)):
-            if len(ids) and not (0 <= min(ids) and max(ids) < self.vocab_size):
-                wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
-                raise ValueError(f"{name}: {wrong} is not a token id of this model (0 to {self.vocab_size - 1})")
+        check_item(item, self.vocab_size, self.max_length)
 
     @torch.inference_mode()
     def score(self, items: Sequence[TokenItem], unwanted: Callable[[], bool] = lambda: False) -> list[ItemScores]:
@@ -137,7 +86,7 @@ class TransformersScorer:
         """
         for item in items:
             self.check(item)
-        ends = [self._scored_length(item) for item in items]
+        ends = [item.scored_length(self.eos_ids) for item in items]
         results = [ItemScores(0)] * len(items)
         full = sorted((index for index, end in enumerate(ends) if end), key=lambda index: (-len(items[index]), index))
         for batch in _batches(full, [len(item) for item in items], self.max_batch_tokens):
@@ -147,11 +96,6 @@ class TransformersScorer:
             for index, result in zip(batch, scores, strict=True):
                 results[index] = result
         return results
-
-    def _scored_length(self, item: TokenItem) -> int:
-        """Completion tokens up to and including the first EOS."""
-        ends = (place + 1 for place, token in enumerate(item.completion_ids) if token in self.eos_ids)
-        return next(ends, len(item.completion_ids))
 
     def _score_batch(self, items: list[TokenItem], ends: list[int]) -> list[ItemScores]:
         ids = torch.zeros(len(items), max(map(len, items)), dtype=torch.int64)

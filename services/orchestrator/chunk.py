@@ -188,6 +188,7 @@ def _body(desk: Desk, client: RewardClient, group: Group) -> RewardGroup:
             CompletionText(text=made.text, token_ids=made.token_ids, finish_reason=made.finish_reason)
             for made in group.completions
         ],
+        weight_version=newest_of(group),
         min_weight_version=newest_of(group) if matched and desk.servers.has_scorer(client) else None,
     )
 
