@@ -12,11 +12,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from rollout_server.calls import CLIENT_GONE, ClientGone, measured, while_connected
-from rollout_server.engines.base import Engine, EngineSettings, model_folder
+from rollout_server.engines.base import Engine, EngineSettings
 from rollout_server.prompts import rollout_prompts
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
 from services.contract import Version
 from services.http import HttpSettings, Problem, StartupError, create_app, remaining_seconds
+from services.model_folder import model_folder
 from services.weights.follow import Follower
 
 log = logging.getLogger(__name__)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollout_server.engines.base import Aborted, EngineSettings, Prompt, WeightsMismatch
+from rollout_server.engines.base import Aborted, EngineSettings, Prompt
 from rollout_server.engines.generation import generate, rows_of
 from rollout_server.engines.sampling import Rows, choose, draw, draw_filtered
 from rollout_server.engines.stopping import StopStrings, cut
 from rollout_server.engines.transformers import TransformersEngine
 from services.contract import Sampling, Version
 from services.http import StartupError
+from services.weights.shapes import WeightsMismatch
 
 CPU = torch.device("cpu")
 

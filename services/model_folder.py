@@ -1,0 +1,24 @@
+"""Where a model's files lie on this machine."""
+
+from pathlib import Path
+
+from services.http import StartupError
+
+
+def model_folder(model: str, revision: str | None) -> Path:
+    """The local folder of a model, fetched from the Hugging Face hub if `model` is a name. Raises StartupError."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise StartupError(f"--model {model}: the folder has no config.json, so it is not a Hugging Face model")
+        return folder.resolve()
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise StartupError(f"--model {model}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises from half a dozen unrelated trees
+        reason = str(error).strip().splitlines()[0]
+        raise StartupError(f"--model {model}: neither a folder here nor to be had from the hub: {reason}") from error
