@@ -9,7 +9,7 @@ that hedging does not pay. The work is done by the math-verify package in proces
 import asyncio
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from pydantic import Field
@@ -19,10 +19,14 @@ from reward_server.worker_process import Exhausted
 from services.api import RewardGroup
 from services.contract import Outcome, Score
 
-CHECK = "reward_server.rewards.math_verify:check"
+CHECK, READ, SAME = (f"reward_server.rewards.math_verify:{name}" for name in ("check", "read", "same"))
 WARM_UP = (CHECK, {"gold": "\\frac{1}{2}", "text": "so \\boxed{0.5}", "anchored": False})
 MAX_GOLD = 4096
 STOPS = ".,;"
+STRICT: dict[str, Any] = {"parsing_timeout": None, "raise_on_error": True}
+PROBE = "0.7391"
+"""Any number will do: what it costs to compare an answer with it is what the answer costs."""
+LARGEST = 10**40
 
 MARKED = re.compile(r"\\boxed|(?<!\\)\$")
 """A reference answer that says itself where its mathematics are; any other is mathematics as a whole."""
@@ -148,33 +152,80 @@ def _is_number_like(expression: Any) -> bool:
     return not expression.has(nan, zoo)
 
 
+@lru_cache(maxsize=512)
+def _gold(text: str) -> tuple[list[Any], bool]:
+    """What a reference answer says, and whether letters at its end were read as units."""
+    parse, _, configs = _library()
+    if not MARKED.search(text):
+        text = _boxed(text)
+    for units in (True, False):  # math-verify takes the letters of `a + b + c` for units and drops them
+        found = parse(text, extraction_config=configs[units, False], **STRICT)
+        if _expressions(found):
+            break
+    return found, units
+
+
+def _said(text: str, units: bool, anchored: bool) -> tuple[list[Any], str]:
+    """What the completion's answer is, parsed and as text; an empty list when there is none."""
+    parse, _, configs = _library()
+    config = configs[units, anchored]
+    found = parse(text, extraction_config=config, extraction_mode="first_match", **STRICT)
+    said = next((item for item in found if isinstance(item, str)), "")
+    if said and not _expressions(found) and said.rstrip()[-1] in STOPS:
+        found = parse(_boxed(said), extraction_config=config, **STRICT)
+    return found, said
+
+
+def _equal(gold: list[Any], found: list[Any]) -> bool:
+    _, verify, _ = _library()
+    return verify(gold, found, timeout_seconds=None, raise_on_error=True)
+
+
 def check(payload: dict[str, Any]) -> dict[str, Any]:
     """Compare one completion with the gold answer: {"outcome", "detail"}.
 
     With `raise_on_error`, and the time limits of the worker process instead of math-verify's own, so that an expired
     check is never taken for a wrong answer. Raises whatever math-verify does.
     """
-    parse, verify, configs = _library()
-    options = {"parsing_timeout": None, "raise_on_error": True}
-    gold_text = payload["gold"]
-    if not MARKED.search(gold_text):
-        gold_text = _boxed(gold_text)
-    for units in (True, False):  # math-verify takes the letters of `a + b + c` for units and drops them
-        gold = parse(gold_text, extraction_config=configs[units, False], **options)
-        if _expressions(gold):
-            break
+    gold, units = _gold(payload["gold"])
     if not all(map(_is_number_like, _expressions(gold))) or not _expressions(gold):
         return {"outcome": "unparsable", "detail": "the reference answer is not a mathematical expression"}
-    config = configs[units, payload["anchored"]]
-    found = parse(payload["text"], extraction_config=config, extraction_mode="first_match", **options)
+    found, said = _said(payload["text"], units, payload["anchored"])
     if not found:
         return {"outcome": "no_answer", "detail": ""}
-    said = next((item for item in found if isinstance(item, str)), "")
-    if not _expressions(found) and said.rstrip()[-1:] in STOPS:
-        found = parse(_boxed(said), extraction_config=config, **options)
     said = said[:200]
     if not all(map(_is_number_like, _expressions(found))):
         return {"outcome": "wrong", "detail": said}
-    if verify(gold, found, timeout_seconds=None, raise_on_error=True):
+    if _equal(gold, found):
         return {"outcome": "correct", "detail": said}
     return {"outcome": "wrong" if _expressions(found) else "no_answer", "detail": said}
+
+
+def read(payload: dict[str, Any]) -> dict[str, Any]:
+    """What one completion says: {"answer": its text or none, "integer": its digits where it is a whole number}.
+
+    An answer that takes for ever to compare does so here, on its own, and not beside the answers of others.
+    """
+    from sympy import Integer
+
+    found, said = _said(payload["text"], True, payload["anchored"])
+    expressions = _expressions(found)
+    if not expressions:
+        return {"answer": None, "integer": ""}
+    if len(expressions) == 1 and isinstance(expressions[0], Integer) and abs(expressions[0]) < LARGEST:
+        return {"answer": said, "integer": str(expressions[0])}
+    if all(map(_is_number_like, expressions)):
+        _equal(_gold(PROBE)[0], found)
+    return {"answer": said, "integer": ""}
+
+
+def same(payload: dict[str, Any]) -> dict[str, Any]:
+    """Which of the `others` the `answer` equals: {"equal": [places in `others`]}."""
+    answer = {units: _said(_boxed(payload["answer"]), units, False)[0] for units in (True, False)}
+    equal = []
+    for place, other in enumerate(payload["others"]):
+        gold, units = _gold(other)
+        expressions = _expressions(gold), _expressions(answer[units])
+        if all(expressions) and all(map(_is_number_like, sum(expressions, []))) and _equal(gold, answer[units]):
+            equal.append(place)
+    return {"equal": equal}
