@@ -121,7 +121,7 @@ async def _components(
         await asyncio.gather(*tasks.values())
         return {key: task.result() for key, task in tasks.items()}
     finally:
-        for task in tasks.values():
+        for task in [*tasks.values(), *context.shared.values()]:
             task.cancel()
         context.token_scores.close()
 

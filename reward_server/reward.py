@@ -3,9 +3,9 @@
 import asyncio
 import dataclasses
 import importlib.util
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from reward_server.token_scores import Scoring, TokenScores
 
 Need = Literal["scorer", "reference_model", "sandbox", "reference.answer", "reference.tests", "math-verify"]
+
+Result = TypeVar("Result")
 
 UNAVAILABLE: dict[Need, str] = {
     "scorer": "it needs a scorer model, and the server was started without one",
@@ -56,6 +58,13 @@ class Context:
     token_scores: "TokenScores | None" = None
     weight_version: Version | None = None
     others: Mapping[str, "asyncio.Future[list[Score]]"] = dataclasses.field(default_factory=dict)
+    shared: dict[Hashable, "asyncio.Future[Any]"] = dataclasses.field(default_factory=dict)
+
+    async def once(self, what: Hashable, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """The result of `work`, done by the first reward of the group that asks for `what` and shared with the rest."""
+        if what not in self.shared:
+            self.shared[what] = asyncio.create_task(work())
+        return await asyncio.shield(self.shared[what])
 
     def scored_by(self, version: Version) -> None:
         """Say which weights made a score; of several, the oldest stands for the group."""
