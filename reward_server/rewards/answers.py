@@ -76,6 +76,10 @@ class Answer:
             return Score.of(0.0, Outcome.no_answer, seconds=self.seconds)
         return Score.of(value, outcome, self.text[:200], self.seconds)
 
+    def skipped(self, why: str) -> Score:
+        """The vote says nothing of this completion."""
+        return self.failure or Score.failed(Outcome.skipped, why, self.seconds)
+
 
 async def answers(group: RewardGroup, params: AnswerParams, context: Context) -> list[Answer]:
     """One Answer a completion, in order. Rewards of one group that find answers the same way share the work."""
