@@ -80,7 +80,12 @@ def check_head(model: Any, decoder: Any, head: Head) -> None:
     """
     ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % head.vocab_size
     hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-    own = model(input_ids=ids, use_cache=False).logits[0, :, : head.vocab_size].float()
+    compare_logits(type(model).__name__, hidden, model(input_ids=ids, use_cache=False).logits[0], head)
+
+
+def compare_logits(name: str, hidden: torch.Tensor, own: torch.Tensor, head: Head) -> None:
+    """`own`: the logits that model `name` makes of `hidden` [T, H], from the head's first row on. Raises ValueError."""
+    own = own[:, : head.vocab_size].float()
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -88,6 +93,6 @@ def check_head(model: Any, decoder: Any, head: Head) -> None:
     largest = own.abs().max().item()
     if not error <= PROBE_TOLERANCE[head.weight.dtype] * max(largest, 1e-3):
         raise ValueError(
-            f"model: {type(model).__name__} does something to its logits that the scorer does not know "
+            f"model: {name} does something to its logits that the scorer does not know "
             f"(largest logit {largest:.4g}, differs by {error:.4g}); it cannot be scored exactly"
         )

@@ -15,37 +15,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Gauge, Histogram
 
-from reward_server.scorer.items import Abandoned, ItemScores, TokenItem
+from reward_server.scorer.base import FAILURES, TOKENS, Follow, Scored, ScoringFailed, Service
+from reward_server.scorer.items import Abandoned, TokenItem
 from reward_server.scorer.transformers import TransformersScorer
 from services.contract import Version
 
 log = logging.getLogger(__name__)
 
-Follow = Literal["online", "match", "frozen", "ema"]
-
-TOKENS = Counter("rlif_scorer_tokens_total", "Prompt and completion tokens that were scored")
 ROUND_CALLS = Histogram("rlif_scorer_round_calls", "Calls that shared one round", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 ROUND_SECONDS = Histogram(
     "rlif_scorer_round_seconds", "Time of one round", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 )
 WAITING = Gauge("rlif_scorer_waiting_calls", "Calls that wait for a round")
-FAILURES = Counter("rlif_scorer_failures_total", "Calls that failed", ["reason"])
-
-
-class ScoringFailed(RuntimeError):
-    """The model could not score these items (they were valid); the cause is chained."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """`results` in the order of the items, all made by `version`."""
-
-    results: list[ItemScores]
-    version: Version
 
 
 @dataclass(eq=False)
@@ -55,15 +40,15 @@ class _Call:
     answer: asyncio.Future[Scored]
 
 
-class ScorerService:
-    """`await score(...)` from any number of tasks of one event loop.
+class ScorerService(Service):
+    """The front of a TransformersScorer (built with `ema_decay` for `follow="ema"`).
 
-    follow: `online` scores with the newest weights at hand; `match` first waits for `min_weight_version`; `frozen`
-    refuses new weights; `ema` serves the average that the scorer keeps (build it with `ema_decay`).
     deterministic: every call is a round of its own, so that its batches, and thus the last bits of its scores, do not
     depend on what else arrived. stuck_seconds: a round that takes longer is given up, with its calls, and its thread
     is left behind.
     """
+
+    backend = "transformers"
 
     def __init__(
         self,
@@ -76,13 +61,13 @@ class ScorerService:
             raise ValueError(
                 f"follow: {follow!r} and the scorer's ema_decay {scorer.ema_decay!r} do not belong together"
             )
-        self.scorer, self.follow = scorer, follow
+        super().__init__(scorer, follow)
+        self.scorer: TransformersScorer = scorer
         self.deterministic, self.stuck_seconds = deterministic, stuck_seconds
         self.version = scorer.version
         self._calls: deque[_Call] = deque()
         self._running: list[_Call] = []
         self._arrived = asyncio.Event()
-        self._loaded = asyncio.Condition()
         self._loading = asyncio.Lock()
         self._thread = _ModelThread()
         self._rounds: asyncio.Task | None = None
@@ -100,11 +85,6 @@ class ScorerService:
         self._calls.clear()
         self._thread.end()
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether the scorer also has a reference model to compare with."""
-        return False
-
     def state(self) -> str:
         """ "ok", or why no call is being served: for readiness probes."""
         if self._rounds is None:
@@ -115,50 +95,16 @@ class ScorerService:
 
     # ---- scoring -----------------------------------------------------------------------------------------------
 
-    async def score(
-        self, items: Sequence[TokenItem], min_weight_version: Version | None = None, deadline_seconds: float = 300.0
-    ) -> Scored:
-        """Score items together, under one weight version.
+    @property
+    def waiting(self) -> int:
+        return len(self._calls)
 
-        `min_weight_version` counts with `follow="match"` alone. Raises ValueError for a bad item (named `items[i]`),
-        TimeoutError saying what was waited for, ScoringFailed when the model fails.
-        """
-        for number, item in enumerate(items):
-            try:
-                self.scorer.check(item)
-            except ValueError as error:
-                raise ValueError(f"items[{number}].{error}") from error
-        ends = time.monotonic() + deadline_seconds
-        if self.follow == "match" and min_weight_version is not None:
-            await self._at_least(min_weight_version, deadline_seconds)
-        if self.state() != "ok":
-            raise ScoringFailed(f"the scorer is not running: {self.state()}")
-        call = _Call(items, sum(map(len, items)), asyncio.get_running_loop().create_future())
+    async def _answer(self, items: Sequence[TokenItem], tokens: int) -> Scored:
+        call = _Call(items, tokens, asyncio.get_running_loop().create_future())
         self._calls.append(call)
         WAITING.set(len(self._calls))
         self._arrived.set()
-        try:
-            async with asyncio.timeout(max(0.0, ends - time.monotonic())):
-                return await call.answer
-        except TimeoutError:
-            FAILURES.labels("deadline").inc()
-            raise TimeoutError(
-                f"scoring {len(items)} items ({call.tokens} tokens) took longer than {deadline_seconds:g} s "
-                f"({len(self._calls)} calls were waiting)"
-            ) from None
-
-    async def _at_least(self, version: Version, deadline_seconds: float) -> None:
-        if self.version >= version:
-            return
-        log.info("a call waits for weight version %s from the trainer; %s is served", version, self.version)
-        try:
-            async with asyncio.timeout(deadline_seconds), self._loaded:
-                await self._loaded.wait_for(lambda: self.version >= version)
-        except TimeoutError:
-            FAILURES.labels("version").inc()
-            raise TimeoutError(
-                f"waited {deadline_seconds:g} s for weight version {version} from the trainer; {self.version} is served"
-            ) from None
+        return await call.answer
 
     async def _run_rounds(self) -> None:
         while True:
@@ -230,8 +176,7 @@ class ScorerService:
             staged = await asyncio.to_thread(self.scorer.stage, version, directory)
             await self._in_thread(lambda: self.scorer.swap(version, staged))
             self.version = version
-        async with self._loaded:
-            self._loaded.notify_all()
+        await self._announce()
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         """Run on the model's thread, in turn. Raises _Stuck when it takes too long, and goes on with a new thread."""
