@@ -12,8 +12,8 @@ without first line, last line or both, and each without asterisks; it has fewer 
 Outcomes: `ok` (detail: what was not followed), `timeout`, `error` (e.g. JSON nested too deeply). A reference with an
 unknown instruction or wrong arguments is refused (422). Differences from the published code (the rest decides as it
 does): keywords, section marks and postscript markers are literal; blank paragraphs are not counted; a contraction in
-capitals is one word. Caveat: a completion that follows the letter and says nothing scores 1; put a reward for content
-beside it.
+capitals is one word; the language of a text in capitals is told from its lower-case form. Caveat: a completion that
+follows the letter and says nothing scores 1; put a reward for content beside it.
 """
 
 import asyncio
