@@ -8,17 +8,29 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import httpx
 from fastapi import FastAPI, Query, Request, Response
 
 from reward_server import compat, scoring
+from reward_server.calls import Calls
 from reward_server.encoding import Encoder
 from reward_server.evaluate import Means, score_groups
 from reward_server.rewards import REWARDS, math_verify
+from reward_server.scorer.engines import scorer_service
 from reward_server.spec_store import DEFAULT, MemoryStore, RedisStore, Specs
 from reward_server.specs import SpecError, named_spec
 from reward_server.workers import WorkerPool
-from services.api import RewardGroup, RewardsRequest, RewardsResponse, ScoreRequest, ScoreResponse
+from services.api import (
+    RewardEntry,
+    RewardGroup,
+    RewardsList,
+    RewardsRequest,
+    RewardsResponse,
+    ScoreRequest,
+    ScoreResponse,
+    SpecEntry,
+    SpecsList,
+    SpecVersions,
+)
 from services.contract import GroupScores
 from services.http import HttpSettings, Problem, StartupError, create_app, remaining_seconds, require_admin
 from services.spec import RewardSpec
@@ -42,9 +54,13 @@ class Settings:
     http: HttpSettings = HttpSettings()
     model: str | None = None
     revision: str | None = None
+    engine: str = "transformers"
     dtype: str = "float32"
     device: str = "auto"
     threads: int | None = None
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.85
+    max_model_len: int | None = None
     trust_remote_code: bool = False
     default_spec: RewardSpec | str | None = None
     follow: Literal["online", "match", "frozen", "ema"] = "online"
@@ -62,10 +78,10 @@ def create(settings: Settings) -> FastAPI:
     """The app, with its model loaded. Raises StartupError: the model or the default spec cannot be used."""
     if settings.redis_url is not None and settings.run_id is None:
         raise StartupError("following a run needs its name beside the Redis URL")
-    service = _scorer_service(settings)
+    service = scorer_service(settings)
     workers = WorkerPool(settings.verifier_workers, warm_up=[math_verify.WARM_UP])
     encoder = Encoder(service.scorer.tokenizer, service.scorer.max_length) if service else None
-    means = Means(workers, service, encoder, http=httpx.AsyncClient())
+    means = Means(workers, service, encoder, http=Calls())
     specs = _specs(settings, means.have)
 
     def ready() -> dict[str, str]:
@@ -92,7 +108,7 @@ def create(settings: Settings) -> FastAPI:
                 await service.stop()
             await workers.stop()
             if means.http:
-                await means.http.aclose()
+                await means.http.close()
             await specs.store.close()
 
     app = create_app("reward", "0.1.0", settings.http, ready, lifespan, __doc__ or "")
@@ -103,37 +119,6 @@ def create(settings: Settings) -> FastAPI:
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------
-
-
-def _scorer_service(settings: Settings) -> Any:
-    """A ScorerService, or none without a model. Raises StartupError."""
-    if settings.model is None:
-        return None
-    try:
-        import torch
-        from safetensors import SafetensorError
-
-        from reward_server.scorer.service import ScorerService
-        from reward_server.scorer.transformers import TransformersScorer
-    except ImportError as error:
-        raise StartupError(f"--model needs torch and transformers (pip install 'rlif[model]'): {error}") from error
-
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    try:
-        scorer = TransformersScorer(
-            settings.model,
-            dtype=settings.dtype,
-            device=settings.device,
-            max_batch_tokens=settings.max_batch_tokens,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            ema_decay=settings.ema_decay if settings.follow == "ema" else None,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise StartupError(f"--model {settings.model}: {first_line}") from error
-    return ScorerService(scorer, settings.follow, settings.deterministic)
 
 
 def _specs(settings: Settings, have: frozenset[str]) -> Specs:
@@ -197,49 +182,49 @@ def _add_reward_routes(app: FastAPI, specs: Specs, means: Means) -> None:
         return RewardsResponse(groups=await score(body.spec, body.groups, request))
 
     @app.get("/v1/rewards", tags=["rewards"])
-    async def list_rewards() -> dict[str, Any]:
+    async def list_rewards() -> RewardsList:
         """Every reward: what it needs, its parameters' JSON schema, its range, whether this server can compute it."""
         found = []
         for reward in REWARDS.values():
             missing = reward.missing(means.have)
             found.append(
-                {
-                    "name": reward.name,
-                    "description": reward.description,
-                    "needs": list(reward.needs),
-                    "range": list(reward.range),
-                    "params": reward.params.model_json_schema(),
-                    "available": missing is None,
-                    "unavailable_because": missing,
-                }
+                RewardEntry(
+                    name=reward.name,
+                    description=reward.description,
+                    needs=list(reward.needs),
+                    range=reward.range,
+                    params=reward.params.model_json_schema(),
+                    available=missing is None,
+                    unavailable_because=missing,
+                )
             )
-        return {"rewards": found}
+        return RewardsList(rewards=found)
 
-    app.include_router(compat.router(score))
+    app.include_router(compat.router(score, means))
 
 
 def _add_spec_routes(app: FastAPI, specs: Specs) -> None:
     @app.get("/v1/specs", tags=["specs"])
-    async def list_specs(spec_id: str | None = None) -> dict[str, Any]:
+    async def list_specs(spec_id: str | None = None) -> SpecsList:
         """Built-in specs (each reward, and the presets), the server's default, and those that were put.
 
         With `spec_id`: where the spec that a scored group names is, or was, known.
         """
         found = await specs.all() if spec_id is None else await specs.by_id(spec_id)
-        return {"specs": [item.describe() for item in found]}
+        return SpecsList(specs=[item.describe() for item in found])
 
     @app.get("/v1/specs/{name}", tags=["specs"])
-    async def get_spec(name: str, version: Annotated[int | None, Query(ge=0)] = None) -> dict[str, Any]:
+    async def get_spec(name: str, version: Annotated[int | None, Query(ge=0)] = None) -> SpecEntry:
         """The newest version, or an earlier one."""
         return (await (specs.get(name) if version is None else specs.version(name, version))).describe()
 
     @app.get("/v1/specs/{name}/versions", tags=["specs"])
-    async def list_versions(name: str) -> dict[str, Any]:
+    async def list_versions(name: str) -> SpecVersions:
         """The versions of a name that are kept, oldest first."""
-        return {"versions": [item.describe() for item in await specs.history(name)]}
+        return SpecVersions(versions=[item.describe() for item in await specs.history(name)])
 
     @app.put("/v1/specs/{name}", tags=["specs"], dependencies=[require_admin])
-    async def put_spec(name: str, spec: RewardSpec) -> dict[str, Any]:
+    async def put_spec(name: str, spec: RewardSpec) -> SpecEntry:
         """Install or replace a spec, from the next request on. The name `default` steers requests that name none."""
         return (await specs.put(name, spec)).describe()
 
@@ -264,7 +249,7 @@ def _add_model_routes(app: FastAPI, settings: Settings, means: Means) -> None:
             "weight_version": service.version.model_dump(),
             "vocab_size": service.scorer.vocab_size,
             "max_tokens": service.scorer.max_length,
-            "backend": "transformers",
+            "backend": service.backend,
             "dtype": settings.dtype,
             "device": str(service.scorer.device),
             "follow": service.follow,

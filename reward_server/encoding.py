@@ -4,11 +4,18 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from services.contract import Message
+from services.contract import Message, Task
 from services.http import Problem
 
 LONGEST_TOKEN = 128
 """Characters. A text that would not fit if all its tokens were that long is refused without tokenizing it."""
+
+
+def as_text(task: Task) -> str:
+    """The prompt for readers that know no chat template: messages as paragraphs that begin with their role."""
+    if task.prompt is not None:
+        return task.prompt
+    return "\n\n".join(f"{message.role}: {message.content}" for message in task.messages or [])
 
 
 class Encoder:

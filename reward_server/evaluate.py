@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 from prometheus_client import Counter, Histogram, Summary
 
+from reward_server.calls import Calls
 from reward_server.combine import combine_scores, unanimous
 from reward_server.reward import Context, Params
 from reward_server.rewards import REWARDS
@@ -44,7 +44,7 @@ class Means:
     scorer: Any = None
     encoder: Any = None
     sandbox: Any = None
-    http: httpx.AsyncClient | None = None
+    http: Calls | None = None
 
     @property
     def have(self) -> frozenset[str]:

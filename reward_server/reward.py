@@ -14,8 +14,7 @@ from services.api import RewardGroup
 from services.contract import Score, Version
 
 if TYPE_CHECKING:
-    import httpx
-
+    from reward_server.calls import Calls
     from reward_server.token_scores import Scoring, TokenScores
 
 Need = Literal[
@@ -62,7 +61,7 @@ class Context:
     scorer: Any = None
     encoder: Any = None
     sandbox: Any = None
-    http: "httpx.AsyncClient | None" = None
+    http: "Calls | None" = None
     token_scores: "TokenScores | None" = None
     weight_version: Version | None = None
     others: Mapping[str, "asyncio.Future[list[Score]]"] = dataclasses.field(default_factory=dict)

@@ -67,7 +67,9 @@ def check_spec(spec: RewardSpec, have: frozenset[str] = EVERY_PART) -> dict[str,
 def _refused_params(place: int, term: RewardTerm, reward: Reward, error: ValidationError) -> SpecError:
     fault = error.errors(include_url=False)[0]
     where = ".".join([f"rewards[{place}].params", *(str(part) for part in fault["loc"])])
-    message = f"{fault['msg'].removeprefix('Value error, ')} (got {fault['input']!r:.100})"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] != "secret":  # somebody may have put a key where its name belongs
+        message += f" (got {fault['input']!r:.100})"
     if fault["type"] == "extra_forbidden":
         message = f"no such parameter; {term.name} takes: {', '.join(reward.params.model_fields) or 'none'}"
     return SpecError(where, message)

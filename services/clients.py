@@ -1,5 +1,8 @@
 """Clients of the rollout and reward servers: msgpack both ways, open connections, deadlines, retries, clear errors.
 
+A client may be made anywhere and used from any number of tasks, threads and event loops; each loop has connections of
+its own, and so has a forked process.
+
 Every call here may be repeated safely (generation and scoring are idempotent by `group_id`), so each is retried with
 jittered backoff when the server cannot be reached or says 429, 502 or 503, within `retry_seconds` and the deadline. Any
 other answer is final: a `Refused` (4xx) carries what the server said of the request.
@@ -9,20 +12,25 @@ import asyncio
 import functools
 import itertools
 import logging
+import os
 import random
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine
 from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypeVar
+from urllib.parse import quote, urlencode
+from weakref import WeakKeyDictionary
 
 import httpx
 import orjson
-from anyio.from_thread import start_blocking_portal
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from services import codec
 from services.api import (
+    RewardEntry,
     RewardGroup,
+    RewardsList,
     RewardsRequest,
     RewardsResponse,
     RolloutRequest,
@@ -31,6 +39,9 @@ from services.api import (
     ScoreItem,
     ScoreRequest,
     ScoreResponse,
+    SpecEntry,
+    SpecsList,
+    SpecVersions,
 )
 from services.spec import RewardSpec
 
@@ -91,7 +102,7 @@ def pause_before(attempt: int, retry_after: float | None = None) -> float:
     return max(pause, retry_after or 0.0)
 
 
-def _retry_after(response: httpx.Response) -> float | None:
+def retry_after(response: httpx.Response) -> float | None:
     """Seconds; the header carries a number of seconds or an HTTP date."""
     text = response.headers.get("retry-after")
     if text is None:
@@ -140,11 +151,8 @@ class ServiceClient:
         self.url = url.rstrip("/")
         self.token, self.admin_token = token, admin_token
         self.retry_seconds, self.deadline_seconds = retry_seconds, deadline_seconds
-        # The whole call is bounded by its deadline, so httpx only bounds what may hang long before that.
-        self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0),
-        )
+        # A connection belongs to the event loop that opened it.
+        self._of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
 
     async def __aenter__(self) -> Self:
         return self
@@ -153,7 +161,19 @@ class ServiceClient:
         await self.close()
 
     async def close(self) -> None:
-        await self._http.aclose()
+        """Close the running loop's connections; a later call opens new ones."""
+        if http := self._of_loop.pop(asyncio.get_running_loop(), None):
+            await http.aclose()
+
+    def _http(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        if loop not in self._of_loop:
+            # The whole call is bounded by its deadline, so httpx only bounds what may hang long before that.
+            self._of_loop[loop] = httpx.AsyncClient(
+                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0),
+            )
+        return self._of_loop[loop]
 
     async def call(
         self,
@@ -199,7 +219,7 @@ class ServiceClient:
             headers["Content-Type"] = MSGPACK
         try:
             async with asyncio.timeout(max(remaining, 0)):
-                response = await self._http.request(method, url, content=content, headers=headers)
+                response = await self._http().request(method, url, content=content, headers=headers)
         except TimeoutError as error:
             raise DeadlinePassed(url, f"no answer within {seconds:g} s", "deadline") from error
         except httpx.TransportError as error:
@@ -224,7 +244,7 @@ class ServiceClient:
         title, detail, errors = _problem(response)
         said = f"{status} {title}" + (f": {detail}" if detail else "")
         if status in TRANSIENT:
-            raise Unavailable(url, said, str(status), _retry_after(response))
+            raise Unavailable(url, said, str(status), retry_after(response))
         if status == 504:
             raise DeadlinePassed(url, f"{said} (deadline {seconds:g} s)", "deadline")
         if 400 <= status < 500:
@@ -281,31 +301,54 @@ class RewardClient(ServiceClient):
         body = ScoreRequest(items=items, **chosen, **options)
         return await self.call("POST", "/v1/score", ScoreResponse, body, deadline_seconds)
 
-    async def list_rewards(self, deadline_seconds: float | None = None) -> Any:
+    async def list_rewards(self, deadline_seconds: float | None = None) -> list[RewardEntry]:
         """Every reward of the server: what it needs, its parameters' JSON schema, its range."""
-        return await self.call("GET", "/v1/rewards", object, deadline_seconds=deadline_seconds)
+        return (await self.call("GET", "/v1/rewards", RewardsList, deadline_seconds=deadline_seconds)).rewards
 
-    async def get_spec(self, name: str, deadline_seconds: float | None = None) -> dict[str, Any]:
-        return await self.call("GET", f"/v1/specs/{name}", dict[str, Any], deadline_seconds=deadline_seconds)
+    async def list_specs(self, spec_id: str | None = None, deadline_seconds: float | None = None) -> list[SpecEntry]:
+        """The newest version of every spec; with `spec_id`, where the spec that a scored group names is known."""
+        query = "" if spec_id is None else "?" + urlencode({"spec_id": spec_id})
+        return (await self.call("GET", "/v1/specs" + query, SpecsList, deadline_seconds=deadline_seconds)).specs
 
-    async def put_spec(self, name: str, spec: RewardSpec, deadline_seconds: float | None = None) -> dict[str, Any]:
+    async def get_spec(self, name: str, version: int | None = None, deadline_seconds: float | None = None) -> SpecEntry:
+        """The newest version, or an earlier one."""
+        query = "" if version is None else f"?version={version}"
+        return await self.call("GET", _spec_path(name) + query, SpecEntry, deadline_seconds=deadline_seconds)
+
+    async def spec_versions(self, name: str, deadline_seconds: float | None = None) -> list[SpecEntry]:
+        """The versions of a name that the server keeps, oldest first."""
+        path = _spec_path(name) + "/versions"
+        return (await self.call("GET", path, SpecVersions, deadline_seconds=deadline_seconds)).versions
+
+    async def put_spec(self, name: str, spec: RewardSpec, deadline_seconds: float | None = None) -> SpecEntry:
         """Install or replace a spec (admin token)."""
-        return await self.call("PUT", f"/v1/specs/{name}", dict[str, Any], spec, deadline_seconds, admin=True)
+        return await self.call("PUT", _spec_path(name), SpecEntry, spec, deadline_seconds, admin=True)
 
     async def delete_spec(self, name: str, deadline_seconds: float | None = None) -> None:
-        await self.call("DELETE", f"/v1/specs/{name}", object, deadline_seconds=deadline_seconds, admin=True)
+        """Remove a spec that was put (admin token)."""
+        await self.call("DELETE", _spec_path(name), object, deadline_seconds=deadline_seconds, admin=True)
+
+
+def _spec_path(name: str) -> str:
+    return f"/v1/specs/{quote(name, safe='')}"
 
 
 class BlockingRewardClient:
     """A `RewardClient` for code without an event loop: the same methods, each returning when it is done.
 
-    It runs its own loop in a thread, so it also works inside a notebook. Close it, or use it as a context manager.
+    It runs a loop in a daemon thread of its own, so it also works inside a notebook, where a loop runs already, and from
+    many threads at once. A forked process, which has no such thread, starts another at its first call. Close it, or use
+    it as a context manager, to close the connections too.
     """
 
     def __init__(self, url: str, token: str | None = None, **options: Any):
-        self._client = RewardClient(url, token, **options)  # first: a refusal leaves no thread behind
-        self._stack = ExitStack()
-        self._portal = self._stack.enter_context(start_blocking_portal())
+        self._client = RewardClient(url, token, **options)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process, self._starting = os.getpid(), threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -314,14 +357,64 @@ class BlockingRewardClient:
         self.close()
 
     def close(self) -> None:
-        self._portal.call(self._client.close)
-        self._stack.close()
+        """Ends the thread; a later call starts another."""
+        if self._process != os.getpid() or self._loop is None or self._thread is None:
+            return
+        self._run(self._client.close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._reset()
 
-    def rewards(self, groups: list[RewardGroup], spec: str | None = None, **options: Any) -> RewardsResponse:
-        return self._portal.call(functools.partial(self._client.rewards, groups, spec, **options))
+    def _run(self, call: Callable[..., Coroutine[Any, Any, Answer]], *args: Any) -> Answer:
+        if self._process != os.getpid():  # not even the parent's lock can be trusted: it may have been held at the fork
+            self._reset()
+        with self._starting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="reward client", daemon=True)
+                self._thread.start()
+        running = asyncio.run_coroutine_threadsafe(call(*args), self._loop)
+        try:
+            return running.result()
+        except BaseException:  # Ctrl-C above all: nobody waits for the answer any more
+            running.cancel()
+            raise
 
-    def score(self, items: list[ScoreItem], metrics: list[str] | None = None, **options: Any) -> ScoreResponse:
-        return self._portal.call(functools.partial(self._client.score, items, metrics, **options))
+    def ready(self, deadline_seconds: float = 10.0) -> dict[str, Any]:
+        return self._run(self._client.ready, deadline_seconds)
 
-    def model(self) -> dict[str, Any]:
-        return self._portal.call(self._client.model)
+    def model(self, deadline_seconds: float | None = None) -> dict[str, Any]:
+        return self._run(self._client.model, deadline_seconds)
+
+    def rewards(
+        self, groups: list[RewardGroup], spec: str | None = None, deadline_seconds: float | None = None
+    ) -> RewardsResponse:
+        return self._run(self._client.rewards, groups, spec, deadline_seconds)
+
+    def score(
+        self,
+        items: list[ScoreItem],
+        metrics: list[str] | None = None,
+        deadline_seconds: float | None = None,
+        **options: Any,
+    ) -> ScoreResponse:
+        return self._run(functools.partial(self._client.score, **options), items, metrics, deadline_seconds)
+
+    def list_rewards(self, deadline_seconds: float | None = None) -> list[RewardEntry]:
+        return self._run(self._client.list_rewards, deadline_seconds)
+
+    def list_specs(self, spec_id: str | None = None, deadline_seconds: float | None = None) -> list[SpecEntry]:
+        return self._run(self._client.list_specs, spec_id, deadline_seconds)
+
+    def get_spec(self, name: str, version: int | None = None, deadline_seconds: float | None = None) -> SpecEntry:
+        return self._run(self._client.get_spec, name, version, deadline_seconds)
+
+    def spec_versions(self, name: str, deadline_seconds: float | None = None) -> list[SpecEntry]:
+        return self._run(self._client.spec_versions, name, deadline_seconds)
+
+    def put_spec(self, name: str, spec: RewardSpec, deadline_seconds: float | None = None) -> SpecEntry:
+        return self._run(self._client.put_spec, name, spec, deadline_seconds)
+
+    def delete_spec(self, name: str, deadline_seconds: float | None = None) -> None:
+        self._run(self._client.delete_spec, name, deadline_seconds)
