@@ -28,7 +28,8 @@ Pattern = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_c
 async def match(pattern: str, text: str, how: str, context: Context) -> Verdict:
     """`how`: `search`, `fullmatch`, or `last` (the last match in the text). `.` matches newlines too.
 
-    The verdict's result: {"found": bool, "group": str | None}, group being the first group of the match.
+    The verdict's result: {"found": bool, "group": str | None}, group being the first group of the match, and of a match
+    also "span": where it begins, and where its group does.
     """
     payload = {"pattern": pattern, "text": text, "how": how}
     return await context.workers.check(CHECK, payload, context.deadline, context.turn)
@@ -45,4 +46,5 @@ def check(payload: dict[str, Any]) -> dict[str, Any]:
         found = compiled.fullmatch(text) if how == "fullmatch" else compiled.search(text)
     if found is None:
         return {"found": False, "group": None}
-    return {"found": True, "group": found.group(1) if compiled.groups else found.group(0)}
+    group = 1 if compiled.groups else 0
+    return {"found": True, "group": found.group(group), "span": [found.start(), found.start(group)]}
