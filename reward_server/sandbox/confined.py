@@ -1,0 +1,147 @@
+"""One command under bubblewrap: its outputs read with a cap, its process tree watched, and all of it ended."""
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+from reward_server.sandbox import process_tree
+from reward_server.sandbox.provider import Limits
+
+log = logging.getLogger(__name__)
+
+STDERR_TAIL = 4096
+MOST_FILES = 4096
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.05
+"""Seconds between two looks at the process tree: it overshoots a limit by what it can do in that time."""
+END_SECONDS = 10.0
+
+Limit = Literal["timeout", "memory", "output"]
+
+
+class SetupFailed(Exception):
+    """The command was never started: the sandbox could not be set up."""
+
+
+@dataclass
+class Run:
+    """`over` names the limit at which the command was ended; `exit_code` is there when it ended by itself."""
+
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+    exit_code: int | None = None
+    over: Limit | None = None
+    detail: str = ""
+    seconds: float = 0.0
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def stop(self, over: Limit, detail: str) -> None:
+        if self.over is None:
+            self.over, self.detail = over, detail
+            self.stopped.set()
+
+
+def sealed(content: bytes) -> int:
+    """A file in memory that nobody can change any more, not even through /proc. The caller closes it."""
+    fd = os.memfd_create("rlif", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(content)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        os.fchmod(fd, 0o555)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def reopened(fd: int) -> int:
+    """The same file from its beginning, whoever else reads it. The caller closes it."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+async def run(command: list[str], stdin: int, fds: list[int], report: int, limits: Limits) -> Run:
+    """Run `command`, a bubblewrap call that inherits `fds`; `report` is the end we read of its --json-status-fd.
+
+    Raises SetupFailed. However it ends, cancelled too, no process of the tree is left.
+    """
+    started = time.monotonic()
+    pipe = asyncio.subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=stdin, stdout=pipe, stderr=pipe, pass_fds=fds, env={}, cwd="/"
+        )
+    except OSError as error:
+        raise SetupFailed(f"{command[0]}: {error.strerror}") from error
+    assert process.stdout is not None and process.stderr is not None
+    run = Run()
+    ended = asyncio.create_task(process.wait())
+    stopped = asyncio.create_task(run.stopped.wait())
+    watcher = asyncio.create_task(_watch(process.pid, run, limits))
+    readers = [
+        asyncio.create_task(_read(process.stdout, run.stdout, limits.output_bytes, run, "stdout", limits.output_bytes)),
+        asyncio.create_task(_read(process.stderr, run.stderr, STDERR_TAIL, run, "stderr", limits.output_bytes)),
+    ]
+    try:
+        await asyncio.wait({ended, stopped}, timeout=limits.wall_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            run.stop("timeout", f"no end within {limits.wall_seconds:g} s")
+    finally:
+        watcher.cancel()
+        stopped.cancel()
+        # bubblewrap's death is the death of the first process in the sandbox, and with it of the whole namespace.
+        with suppress(ProcessLookupError):
+            process.kill()
+        _, still = await asyncio.wait({ended, *readers}, timeout=END_SECONDS)
+        if still:
+            log.error("a sandbox did not end within %.0f s of being killed", END_SECONDS)
+            for task in still:
+                task.cancel()
+    run.seconds = time.monotonic() - started
+    _conclude(run, report)
+    return run
+
+
+async def _read(stream: asyncio.StreamReader, kept: bytearray, keep: int, run: Run, name: str, most: int) -> None:
+    """Read to the end, whatever comes, so that no writer blocks; keep the last `keep` bytes."""
+    count = 0
+    while chunk := await stream.read(65536):
+        count += len(chunk)
+        if count > most:
+            run.stop("output", f"more than {most} bytes to {name}")
+        kept += chunk
+        del kept[:-keep]
+
+
+async def _watch(pid: int, run: Run, limits: Limits) -> None:
+    pause = FIRST_PAUSE
+    while not run.stopped.is_set():
+        await asyncio.sleep(pause)
+        pause = min(LONGEST_PAUSE, 1.5 * pause)
+        now = process_tree.usage(pid)
+        if now.cpu_seconds > limits.seconds:
+            run.stop("timeout", f"more than {limits.seconds:g} s of CPU time")
+        if now.memory_bytes > limits.memory_mb * 2**20:
+            run.stop("memory", f"more than {limits.memory_mb} MB of memory")
+        if process_tree.files_in(now.pids[-1], "/tmp") > MOST_FILES:
+            run.stop("output", f"more than {MOST_FILES} files")
+
+
+def _conclude(run: Run, report: int) -> None:
+    """Take the exit code from bubblewrap's own report, which is there only if the command was started."""
+    os.set_blocking(report, False)
+    try:
+        lines = os.read(report, 65536).splitlines()
+    except BlockingIOError:
+        lines = []
+    codes = [code for line in lines if (code := json.loads(line).get("exit-code")) is not None]
+    if codes:
+        run.exit_code = codes[-1]
+    elif run.over is None:
+        said = run.stderr.decode(errors="replace").strip().splitlines()
+        raise SetupFailed(said[-1][:300] if said else "bubblewrap ended without a word")
