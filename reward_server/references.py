@@ -1,5 +1,6 @@
 """Fields of a task's reference beyond `answer` and `tests` that single rewards read (`choices`, `json_schema`, ...)."""
 
+import reprlib
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,5 +32,5 @@ def read(wanted: type[Wanted], group: RewardGroup, field: str, reward: str) -> W
         where = ".".join([f"{field}.task.reference", *(str(part) for part in fault["loc"])])
         task = f"task {group.task.task_id!r}, source {group.task.source!r}"
         message = fault["msg"].removeprefix("Value error, ")
-        got = "" if fault["type"] == "missing" else f" (got {fault['input']!r:.100})"
+        got = "" if fault["type"] == "missing" else f" (got {reprlib.repr(fault['input'])})"
         raise Problem(422, "A reference is not usable", f"{reward}: {message}{got} ({task})", where) from error

@@ -13,6 +13,7 @@ read). NaN and Infinity are no JSON. Caveat: a schema that demands little is met
 import asyncio
 import json
 import re
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -24,16 +25,20 @@ from services.api import RewardGroup
 from services.contract import Outcome, Score
 
 CHECK = "reward_server.rewards.json_schema:check"
-MAX_SCHEMA = 100_000
+MAX_SCHEMA, MAX_LEVELS = 100_000, 64
 
 
 def _is_schema(schema: dict[str, Any] | None) -> dict[str, Any] | None:
-    try:
-        if schema is not None and len(json.dumps(schema)) > MAX_SCHEMA:
-            raise ValueError(f"a schema has at most {MAX_SCHEMA} characters")
-    except RecursionError as error:
-        raise ValueError("the schema is nested too deeply") from error
+    if not _is_flat(schema, MAX_LEVELS):
+        raise ValueError(f"a schema has at most {MAX_LEVELS} levels")
+    if schema is not None and len(json.dumps(schema)) > MAX_SCHEMA:
+        raise ValueError(f"a schema has at most {MAX_SCHEMA} characters")
     return schema
+
+
+def _is_flat(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_flat(item, levels - 1) for item in items)
 
 
 Schema = Annotated[dict[str, Any] | None, AfterValidator(_is_schema)]
@@ -92,6 +97,8 @@ REWARD = Reward(
 
 FENCED = re.compile(r"^```[^\n`]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OPENING = re.compile(r"[{\[]")
+MAX_OPENINGS = 1000
+"""Brackets that are tried for `first`: each vain try costs a reading of the text."""
 
 
 def schema_fault(schema: dict[str, Any]) -> str:
@@ -105,15 +112,13 @@ def schema_fault(schema: dict[str, Any]) -> str:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
         return f"not a JSON schema: {error.json_path}: {error.message}"[:300]
-    except RecursionError:
-        return "not a JSON schema that can be used: it is nested too deeply"
     return ""
 
 
 def _found(text: str, where: str) -> tuple[bool, Any]:
     """(whether there is JSON, the JSON). Raises ValueError for what was to be JSON and is not."""
     if where == "first":
-        for opening in OPENING.finditer(text):
+        for opening in islice(OPENING.finditer(text), MAX_OPENINGS):
             try:
                 return True, decode_at(text, opening.start())
             except ValueError:

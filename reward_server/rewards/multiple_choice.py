@@ -30,9 +30,13 @@ from services.api import RewardGroup
 from services.contract import Outcome, Score
 
 BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]{0,400}\}){0,400})\}")
-ANNOUNCED = re.compile(r"\b(?:answer|choice|option)\s*(?:is|:|=)\s*:?\s*([^\n]{1,400})", re.IGNORECASE)
+ANNOUNCED = re.compile(r"\b(?:answer|choice|option)\s{0,8}(?:is|:|=)[\s:]{0,8}(?=([^\n]{1,400}))", re.IGNORECASE)
+"""What follows is only looked at, since it may hold the next announcement."""
 WRAPPING = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{|\\[()\[\]]|[{}$*_`\"']")
 ALSO = re.compile(r"\s*(?:or|and|,|/|&|\+)\s*(?:option\s+|choice\s+)?\(?([A-Za-z])(?![\w'])", re.IGNORECASE)
+
+
+SENTENCE_END = re.compile(r"[.;!?](?:\s|$)")
 
 
 class Choices(Fields):
@@ -62,8 +66,9 @@ class Options:
     def named(self, said: str) -> set[str]:
         """The letters that a short phrase names: none, one, or, where it hedges, two."""
         said = WRAPPING.sub(" ", said)
-        if (plain := _plain(said)) and self.texts.count(plain) == 1:
-            return {self.letters[self.texts.index(plain)]}
+        for part in (said, SENTENCE_END.split(said, maxsplit=1)[0]):
+            if (plain := _plain(part)) and self.texts.count(plain) == 1:
+                return {self.letters[self.texts.index(plain)]}
         found = self.leading.match(said)
         if found is None or (found[1] == "a" and re.match(r" +[a-z]", said[found.end() :])):
             return set()
