@@ -18,6 +18,7 @@ import orjson
 from redis.exceptions import RedisError
 
 from reward_server.specs import SpecError, built_in, check_spec
+from services.api import SpecEntry
 from services.http import Problem
 from services.keys import Keys
 from services.redis import DeadlineExceeded, connect, insist
@@ -141,15 +142,15 @@ class NamedSpec:
     version: int = 0
     updated_at: float | None = None
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "version": self.version,
-            "spec_id": self.spec.spec_id,
-            "built_in": self.version == 0,
-            "updated_at": self.updated_at,
-            "spec": self.spec.model_dump(mode="json"),
-        }
+    def describe(self) -> SpecEntry:
+        return SpecEntry(
+            name=self.name,
+            version=self.version,
+            spec_id=self.spec.spec_id,
+            built_in=self.version == 0,
+            updated_at=self.updated_at,
+            spec=self.spec,
+        )
 
 
 class Specs:

@@ -1,6 +1,6 @@
 """HTTP bodies of the reward and rollout servers (what they carry is defined in `services.contract`)."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ from services.contract import (
     Version,
     Wire,
 )
+from services.spec import RewardSpec
 
 TokenId = int
 
@@ -149,3 +150,41 @@ class RewardsRequest(Wire):
 
 class RewardsResponse(Wire):
     groups: list[GroupScores]
+
+
+# ---- GET /v1/rewards, /v1/specs, /v1/model ---------------------------------------------------------------------
+
+
+class RewardEntry(Wire):
+    """What a reward needs, its range (none where unbounded), its parameters' JSON schema, whether it works here."""
+
+    name: str
+    description: str
+    needs: list[str]
+    range: tuple[float | None, float | None]
+    params: dict[str, Any]
+    available: bool
+    unavailable_because: str | None
+
+
+class RewardsList(Wire):
+    rewards: list[RewardEntry]
+
+
+class SpecEntry(Wire):
+    """A spec by name. `version` counts the puts of the name, 0 for what came with the server; `updated_at`: Unix s."""
+
+    name: str
+    version: int
+    spec_id: str
+    built_in: bool
+    updated_at: float | None
+    spec: RewardSpec
+
+
+class SpecsList(Wire):
+    specs: list[SpecEntry]
+
+
+class SpecVersions(Wire):
+    versions: list[SpecEntry]

@@ -336,13 +336,13 @@ def _spec_path(name: str) -> str:
 class BlockingRewardClient:
     """A `RewardClient` for code without an event loop: the same methods, each returning when it is done.
 
-    It runs a loop in a daemon thread of its own, so it also works inside a notebook, where a loop runs already, and from
-    many threads at once. A forked process, which has no such thread, starts another at its first call. Close it, or use
-    it as a context manager, to close the connections too.
+    It runs a loop in a daemon thread of its own, so it also works inside a notebook, where a loop runs already, and
+    from many threads at once. A forked process, which has no such thread, starts another at its first call. Close it,
+    or use it as a context manager, to close the connections too.
     """
 
-    def __init__(self, url: str, token: str | None = None, **options: Any):
-        self._client = RewardClient(url, token, **options)
+    def __init__(self, url: str, token: str | None = None, admin_token: str | None = None, **options: Any):
+        self._client = RewardClient(url, token, admin_token, **options)
         self._reset()
 
     def _reset(self) -> None:

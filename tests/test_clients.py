@@ -1,8 +1,11 @@
 """Clients against a real server that misbehaves on purpose, and routing over several of them."""
 
 import asyncio
+import inspect
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from served import served
 
+from reward_server.app import Settings, create
 from services import http
 from services.api import (
     RewardGroup,
@@ -25,6 +29,7 @@ from services.api import (
     ScoreRequest,
     ScoreResponse,
     ScoreResult,
+    SpecEntry,
 )
 from services.clients import (
     BlockingRewardClient,
@@ -100,8 +105,8 @@ def make_app(behaviour: Behaviour, settings: http.HttpSettings) -> FastAPI:
         return ScoreResponse(results=[result for _ in body.items], model="m", weight_version=Version(), vocab_size=288)
 
     @app.put("/v1/specs/{name}")
-    async def put_spec(name: str, spec: RewardSpec, _: None = http.require_admin) -> dict:
-        return {"name": name, "spec_id": spec.spec_id}
+    async def put_spec(name: str, spec: RewardSpec, _: None = http.require_admin) -> SpecEntry:
+        return SpecEntry(name=name, version=1, spec_id=spec.spec_id, built_in=False, updated_at=0.0, spec=spec)
 
     @app.delete("/v1/specs/{name}", status_code=204)
     async def delete_spec(name: str, _: None = http.require_admin) -> None:
@@ -272,7 +277,7 @@ async def test_admin_calls_carry_the_admin_token(behaviour):
     url, _ = behaviour
     spec = RewardSpec(rewards=[{"name": "random"}])
     async with RewardClient(url, "api", "admin") as client:
-        assert (await client.put_spec("mine", spec))["spec_id"] == spec.spec_id
+        assert (await client.put_spec("mine", spec)).spec_id == spec.spec_id
         await client.delete_spec("mine")
     async with RewardClient(url, "api") as client:
         with pytest.raises(Refused, match="403 Admin token needed"):
@@ -314,6 +319,105 @@ def test_blocking_client(behaviour):
         assert client.rewards([group]).groups[0].scores[0].reward == 0.5
         with pytest.raises(Refused):
             client.rewards([group], spec="unknown")
+
+
+def both(server: tuple[str, str, str], method: str, *args):
+    """Asks a real server by both clients and returns the one answer."""
+
+    async def asked():
+        async with RewardClient(*server) as client:
+            return await getattr(client, method)(*args)
+
+    answer = asyncio.run(asked())
+    with BlockingRewardClient(*server) as client:
+        blocked = getattr(client, method)(*args)
+    assert method == "put_spec" or blocked == answer  # each put is a version
+    return blocked
+
+
+def test_specs_and_rewards_of_the_real_server():
+    settings = Settings(http=http.HttpSettings(api_token="api", admin_token="admin"))
+    with served(create(settings)) as url:
+        server = (url, "api", "admin")
+        listed = {entry.name: entry for entry in both(server, "list_rewards")}
+        assert listed["length"].available and "scale" in listed["length"].params["properties"]
+        assert not listed["self_certainty"].available and "model" in listed["self_certainty"].unavailable_because
+        first, second = (RewardSpec(rewards=[{"name": name}]) for name in ("random", "length"))
+        both(server, "put_spec", "a.b", first)
+        entry = both(server, "put_spec", "a.b", second)
+        assert (entry.name, entry.version, entry.spec, entry.built_in) == ("a.b", 4, second, False)
+        assert both(server, "get_spec", "a.b") == entry
+        assert both(server, "get_spec", "a.b", 1).spec == first
+        assert [item.version for item in both(server, "spec_versions", "a.b")] == [1, 2, 3, 4]
+        assert "a.b" in {item.name for item in both(server, "list_specs")}
+        found = both(server, "list_specs", second.spec_id)
+        assert {item.spec_id for item in found} == {second.spec_id} and {3, 4} <= {item.version for item in found}
+        with BlockingRewardClient(url, "api", admin_token="admin") as client:
+            assert client.ready()["status"] == "ready"
+            client.delete_spec("a.b")
+            with pytest.raises(Refused, match="404 Unknown spec"):
+                client.get_spec("a.b")
+            with pytest.raises(Refused, match="404"):
+                client.get_spec("no/such?name#at all")  # arrives as one name, not as a path
+            with pytest.raises(Refused, match="404 No model"):
+                client.model()
+
+
+def test_both_clients_have_the_same_methods():
+    def methods(kind: type) -> dict[str, dict]:
+        found = inspect.getmembers(kind, inspect.isfunction)
+        ours = [(name, each) for name, each in found if not name.startswith("_") and name != "call"]
+        return {name: dict(inspect.signature(each).parameters) for name, each in ours}
+
+    assert methods(BlockingRewardClient) == methods(RewardClient)
+
+
+def test_one_client_in_several_event_loops(behaviour):
+    url, server = behaviour
+    client = RewardClient(url, "api", retry_seconds=0)
+
+    async def twice() -> None:
+        await client.model()
+        await client.model()
+
+    for _ in range(3):
+        asyncio.run(twice())
+    assert len(server.seen) == 6 and len(server.ports) == 3
+
+
+async def test_blocking_client_in_a_running_loop_and_in_many_threads(behaviour):
+    url, server = behaviour
+    with BlockingRewardClient(url, "api") as client:
+        assert client.model()["vocab_size"] == 288  # this thread's loop stands still meanwhile
+        found = await asyncio.gather(*(asyncio.to_thread(client.model) for _ in range(50)))
+        assert len(found) == 50 and len(server.seen) == 51
+        name = "reward client"
+        assert [thread.name for thread in threading.enumerate()].count(name) == 1
+    assert name not in [thread.name for thread in threading.enumerate()]
+    assert client.model()["vocab_size"] == 288  # closed, and open again
+    client.close()
+
+
+FORKING = """
+import os, sys
+from services.clients import BlockingRewardClient
+client = BlockingRewardClient(sys.argv[1], "api")
+assert client.model()["vocab_size"] == 288
+children = []
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if client.model()["vocab_size"] == 288 else 1)
+    children.append(child)
+assert client.model()["vocab_size"] == 288
+print([os.waitpid(child, 0)[1] for child in children])
+"""
+
+
+def test_forked_processes_and_a_client_that_is_never_closed(behaviour):
+    url, _ = behaviour
+    ran = subprocess.run([sys.executable, "-c", FORKING, url], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, "[0, 0, 0]\n"), ran.stderr
 
 
 def test_pauses_double_with_jitter_and_never_undercut_the_server():

@@ -84,7 +84,7 @@ class Servers:
         spec = self.recipe.spec
         try:
             try:
-                known = await client.get_spec(self.spec_name, CHECK_SECONDS)
+                known = await client.get_spec(self.spec_name, deadline_seconds=CHECK_SECONDS)
             except Refused as error:
                 if error.status != 404:
                     raise
@@ -93,7 +93,7 @@ class Servers:
                 if known is None:
                     raise StartupError(f"rewards: reward server {client.url} knows no spec {self.spec_name!r}")
                 return
-            if known is not None and known.get("spec_id") == spec.spec_id:
+            if known is not None and known.spec_id == spec.spec_id:
                 return
             if known is not None and (client.url in self._installed or not self.recipe_changed):
                 log.warning("%s has another spec than the recipe under %r: it stays", client.url, self.spec_name)
