@@ -109,7 +109,7 @@ async def _probabilities(
 
     items = await asyncio.to_thread(_items, group, cuts, params, context)
     sound = [item for item in items if not isinstance(item, str)]
-    results: "Iterator[ItemScores]" = iter(())
+    results: Iterator[ItemScores] = iter(())
     if sound:
         try:
             remaining = max(0.0, context.deadline - time.monotonic())
