@@ -1,6 +1,7 @@
 """One pass over the vocabulary against the float64 oracle: fused pass and torch operators alike."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from scoring_oracle import distribution_oracle
 
 from reward_server.scorer import fused
 from reward_server.scorer.head import Head
-from reward_server.scorer.metrics import METRICS, Statistics, Tile, tiled_statistics
+from reward_server.scorer.metrics import METRICS, PLAIN, Wanted
+from reward_server.scorer.statistics import Statistics, Tile, tiled_statistics
 
 PATHS = {"fused": True, "torch": False}
+EVERYTHING = Wanted(entropy=True, varentropy=True, top_k=20)
+NAMES = [name for name, metric in METRICS.items() if not metric.needs_reference]
 
 
 def make(rows=37, vocab=1003, width=64, dtype=torch.float32, seed=0, spread=1.0):
@@ -22,15 +26,33 @@ def make(rows=37, vocab=1003, width=64, dtype=torch.float32, seed=0, spread=1.0)
     return hidden, weight, torch.randint(0, vocab, (rows,), generator=generator)
 
 
+def statistics_of(hidden, head, chosen, *rest, wanted=EVERYTHING, **options) -> Statistics:
+    return tiled_statistics(hidden, head, chosen, *rest, wanted=wanted, **options)
+
+
 def check(statistics: Statistics, logits: torch.Tensor, chosen: torch.Tensor, rtol=1e-5):
     """Within 1e-5 of the oracle, or within the rounding of the float32 logits where the true value is about 0."""
     expected = distribution_oracle(logits, chosen)
-    close = {"rtol": rtol, "atol": 3e-7 * logits.abs().max().item()}
-    for preset, key in (("paper", "self_certainty"), ("verl", "raw_certainty")):
-        got = METRICS["self_certainty"].per_token(statistics, preset)
-        torch.testing.assert_close(got, expected[key], **close)
-    torch.testing.assert_close(statistics.entropy, expected["token_entropy"], **close)
-    torch.testing.assert_close(statistics.chosen_logprob, expected["logprob"], **close)
+    rounding = 3e-7 * logits.abs().max().item()
+    close = {"rtol": rtol, "atol": rounding}
+    raw = METRICS["self_certainty"].per_token(statistics, "verl", 20)
+    torch.testing.assert_close(raw, expected["raw_certainty"], **close)
+    for name in NAMES:
+        if name in expected:
+            atol = 2 * rounding if "margin" in name else rounding  # two logits, each rounded
+            if name == "varentropy":  # a difference of squares
+                log_p = torch.log_softmax(logits, -1)
+                mean_square = (log_p.exp() * (log_p - log_p.amax(-1, keepdim=True)).square()).sum(-1).max().item()
+                atol = 2 * rounding * (1 + expected[name].max().sqrt().item()) + 2e-6 * mean_square
+            got = METRICS[name].per_token(statistics, "paper", 20)
+            torch.testing.assert_close(
+                got, expected[name], rtol=rtol, atol=atol, msg=lambda why, name=name: f"{name}: {why}"
+            )
+    kept = min(20, logits.shape[1])
+    assert statistics.top_logprobs.shape == (len(logits), kept)
+    torch.testing.assert_close(
+        statistics.top_logprobs, expected["top_logprobs"][:, :kept], rtol=rtol, atol=2 * rounding
+    )
 
 
 @pytest.fixture(params=PATHS, ids=PATHS)
@@ -44,7 +66,7 @@ def use_fused(request) -> bool:
 @pytest.mark.parametrize("spread", [1.0, 0.02], ids=["peaked", "near uniform"])
 def test_equals_the_oracle(use_fused, dtype, spread):
     hidden, weight, chosen = make(dtype=dtype, spread=spread)
-    statistics = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    statistics = statistics_of(hidden, Head.of(weight), chosen, use_fused=use_fused)
     check(statistics, hidden.double() @ weight.double().T, chosen)
 
 
@@ -52,7 +74,7 @@ def test_equals_the_oracle(use_fused, dtype, spread):
 @pytest.mark.parametrize("rows", [1, 63, 65])
 def test_any_number_of_rows_and_entries(use_fused, rows, vocab):
     hidden, weight, chosen = make(rows, vocab, dtype=torch.bfloat16)
-    statistics = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    statistics = statistics_of(hidden, Head.of(weight), chosen, use_fused=use_fused)
     check(statistics, hidden.double() @ weight.double().T, chosen)
 
 
@@ -66,27 +88,27 @@ def test_any_number_of_rows_and_entries(use_fused, rows, vocab):
 @settings(max_examples=40, deadline=None)
 def test_tile_sizes_and_temperatures(rows, vocab, tile, seed, temperature):
     hidden, weight, chosen = make(rows, vocab, seed=seed)
-    statistics = tiled_statistics(hidden, Head.of(weight), chosen, temperature, tile=tile, use_fused=False)
+    statistics = statistics_of(hidden, Head.of(weight), chosen, temperature, tile=tile, use_fused=False)
     check(statistics, hidden.double() @ weight.double().T / temperature, chosen)
 
 
 def test_a_temperature_for_each_row(use_fused):
     hidden, weight, chosen = make()
     temperatures = torch.linspace(0.3, 3.0, len(hidden), dtype=torch.float64)
-    statistics = tiled_statistics(hidden, Head.of(weight), chosen, temperatures, use_fused=use_fused)
+    statistics = statistics_of(hidden, Head.of(weight), chosen, temperatures, use_fused=use_fused)
     check(statistics, hidden.double() @ weight.double().T / temperatures[:, None], chosen)
 
 
 def test_uniform_logits_give_zero(use_fused):
     hidden, weight, chosen = make()
     same = weight[:1].expand(700, -1).contiguous()
-    statistics = tiled_statistics(hidden, Head.of(same), chosen % 700, use_fused=use_fused)
-    certainty = METRICS["self_certainty"].per_token(statistics, "paper")
+    statistics = statistics_of(hidden, Head.of(same), chosen % 700, use_fused=use_fused)
+    certainty = METRICS["self_certainty"].per_token(statistics, "paper", 20)
     largest = (hidden @ same.T).abs().max().item()
     assert 0 <= certainty.min() and certainty.max() < 3e-7 * largest  # what float32 logits of this size leave open
     torch.testing.assert_close(statistics.entropy, torch.full_like(certainty, math.log(700)), rtol=1e-6, atol=0)
-    zeros = tiled_statistics(hidden, Head.of(torch.zeros_like(same)), use_fused=use_fused)
-    assert METRICS["self_certainty"].per_token(zeros, "paper").max() < 1e-7
+    zeros = statistics_of(hidden, Head.of(torch.zeros_like(same)), chosen % 700, use_fused=use_fused)
+    assert METRICS["self_certainty"].per_token(zeros, "paper", 20).max() < 1e-7
 
 
 def test_a_constant_added_to_the_logits_changes_nothing(use_fused):
@@ -94,12 +116,13 @@ def test_a_constant_added_to_the_logits_changes_nothing(use_fused):
     hidden[:, 0] = 1.0
     moved = weight.clone()
     moved[:, 0] += 50.0  # every logit of every row rises by 50
-    plain = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
-    raised = tiled_statistics(hidden, Head.of(moved), chosen, use_fused=use_fused)
+    plain = statistics_of(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    raised = statistics_of(hidden, Head.of(moved), chosen, use_fused=use_fused)
     assert torch.allclose(raised.lse, plain.lse + 50, rtol=1e-6)
-    for name, metric in METRICS.items():
+    for name in NAMES:
+        metric = METRICS[name]
         torch.testing.assert_close(
-            metric.per_token(raised, "paper"), metric.per_token(plain, "paper"), rtol=2e-5, atol=2e-5, msg=name
+            metric.per_token(raised, "paper", 20), metric.per_token(plain, "paper", 20), rtol=2e-5, atol=5e-5, msg=name
         )
 
 
@@ -107,11 +130,12 @@ def test_permuting_the_vocabulary_changes_nothing(use_fused):
     hidden, weight, chosen = make()
     order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))
     place = torch.argsort(order)
-    plain = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
-    mixed = tiled_statistics(hidden, Head.of(weight[order].contiguous()), place[chosen], use_fused=use_fused)
-    for name, metric in METRICS.items():
+    plain = statistics_of(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    mixed = statistics_of(hidden, Head.of(weight[order].contiguous()), place[chosen], use_fused=use_fused)
+    for name in NAMES:
+        metric = METRICS[name]
         torch.testing.assert_close(
-            metric.per_token(mixed, "paper"), metric.per_token(plain, "paper"), rtol=1e-6, atol=1e-6, msg=name
+            metric.per_token(mixed, "paper", 20), metric.per_token(plain, "paper", 20), rtol=1e-6, atol=1e-6, msg=name
         )
 
 
@@ -120,20 +144,20 @@ def test_bias_scale_and_softcap():
     bias = torch.randn(len(weight), generator=torch.Generator().manual_seed(2))
     logits = (hidden.double() @ weight.double().T + bias.double()) * 0.25
     head = Head.of(weight, bias, scale=0.25)
-    check(tiled_statistics(hidden, head, chosen, 0.7), logits / 0.7, chosen)
+    check(statistics_of(hidden, head, chosen, 0.7), logits / 0.7, chosen)
     capped = Head.of(weight, bias, scale=0.25, softcap=3.0)
-    check(tiled_statistics(hidden, capped, chosen, 0.7), 3.0 * torch.tanh(logits / 3.0) / 0.7, chosen)
+    check(statistics_of(hidden, capped, chosen, 0.7), 3.0 * torch.tanh(logits / 3.0) / 0.7, chosen)
 
 
 def test_scale_in_the_fused_pass(use_fused):
     hidden, weight, chosen = make()
-    statistics = tiled_statistics(hidden, Head.of(weight, scale=0.125), chosen, use_fused=use_fused)
+    statistics = statistics_of(hidden, Head.of(weight, scale=0.125), chosen, use_fused=use_fused)
     check(statistics, hidden.double() @ weight.double().T * 0.125, chosen)
 
 
 def test_very_large_logits(use_fused):
     hidden, weight, chosen = make(spread=40.0)
-    statistics = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    statistics = statistics_of(hidden, Head.of(weight), chosen, use_fused=use_fused)
     check(statistics, hidden.double() @ weight.double().T, chosen)
 
 
@@ -145,7 +169,7 @@ def test_logits_in_order(use_fused, rise, falling):
     weight = torch.linspace(-1, 1, 4000)[:, None] * torch.full((1, 64), rise)
     weight = weight.flip(0).contiguous() if falling else weight.contiguous()
     hidden = hidden.abs()
-    statistics = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    statistics = statistics_of(hidden, Head.of(weight), chosen, use_fused=use_fused)
     check(statistics, hidden.double() @ weight.double().T, chosen)
 
 
@@ -153,8 +177,8 @@ def test_logits_that_are_not_finite_stay_visible(use_fused):
     hidden, weight, chosen = make()
     hidden[3, 5] = math.nan
     hidden[4, 5] = math.inf
-    statistics = tiled_statistics(hidden, Head.of(weight), chosen, use_fused=use_fused)
-    certainty = METRICS["self_certainty"].per_token(statistics, "paper")
+    statistics = statistics_of(hidden, Head.of(weight), chosen, use_fused=use_fused)
+    certainty = METRICS["self_certainty"].per_token(statistics, "paper", 20)
     assert not torch.isfinite(certainty[3]) and not torch.isfinite(certainty[4])
     assert torch.isfinite(certainty[:3]).all() and torch.isfinite(certainty[5:]).all()
 
@@ -162,7 +186,7 @@ def test_logits_that_are_not_finite_stay_visible(use_fused):
 def test_equal_inputs_give_equal_bits(use_fused):
     hidden, weight, chosen = make(dtype=torch.bfloat16)
     head = Head.of(weight)
-    first, second = (tiled_statistics(hidden, head, chosen, use_fused=use_fused) for _ in range(2))
+    first, second = (statistics_of(hidden, head, chosen, use_fused=use_fused) for _ in range(2))
     assert torch.equal(first.lse, second.lse) and torch.equal(first.entropy, second.entropy)
 
 
@@ -173,15 +197,26 @@ def test_two_threads_agree_with_one(use_fused):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(tiled_statistics(hidden, head, chosen, use_fused=use_fused))
+        results.append(statistics_of(hidden, head, chosen, use_fused=use_fused))
     torch.set_num_threads(before)
     torch.testing.assert_close(results[0].lse, results[1].lse, rtol=1e-7, atol=0)
 
 
 def test_what_is_not_asked_for_is_left_out(use_fused):
-    hidden, weight, _ = make()
-    statistics = tiled_statistics(hidden, Head.of(weight), entropy=False, use_fused=use_fused)
-    assert statistics.entropy is None and statistics.chosen_logprob is None
+    hidden, weight, chosen = make()
+    plain = tiled_statistics(hidden, Head.of(weight), use_fused=use_fused)
+    assert [name for name, value in vars(plain).items() if value is None] == [
+        "entropy",
+        "varentropy",
+        "chosen_logprob",
+        "top_logprobs",
+        "kl_to_reference",
+    ]
+    for field in ("entropy", "varentropy", "top_k"):
+        wanted = replace(PLAIN, **{field: 3})
+        one = tiled_statistics(hidden, Head.of(weight), wanted=wanted, use_fused=use_fused)
+        found = {name for name, value in vars(one).items() if isinstance(value, torch.Tensor)}
+        assert found == {"lse", "mean_logit", "top_logprobs" if field == "top_k" else field}
 
 
 def test_the_mean_row_is_that_of_float64():
@@ -192,11 +227,11 @@ def test_the_mean_row_is_that_of_float64():
 def test_bad_input_is_named():
     hidden, weight, chosen = make()
     with pytest.raises(ValueError, match=r"temperature: must be positive \(got 0"):
-        tiled_statistics(hidden, Head.of(weight), chosen, 0.0)
+        statistics_of(hidden, Head.of(weight), chosen, 0.0)
     with pytest.raises(ValueError, match=r"hidden: \[T, 64\] needed"):
-        tiled_statistics(hidden[:, :10], Head.of(weight), chosen)
+        statistics_of(hidden[:, :10], Head.of(weight), chosen)
     with pytest.raises(ValueError, match="use_fused"):
-        tiled_statistics(hidden, Head.of(weight, torch.zeros(len(weight))), chosen, use_fused=True)
+        statistics_of(hidden, Head.of(weight, torch.zeros(len(weight))), chosen, use_fused=True)
 
 
 def test_without_a_compiler_the_torch_operators_score(monkeypatch):
@@ -204,7 +239,7 @@ def test_without_a_compiler_the_torch_operators_score(monkeypatch):
     hidden, weight, chosen = make()
     fused._library.cache_clear()
     try:
-        check(tiled_statistics(hidden, Head.of(weight), chosen), hidden.double() @ weight.double().T, chosen)
+        check(statistics_of(hidden, Head.of(weight), chosen), hidden.double() @ weight.double().T, chosen)
     finally:
         monkeypatch.undo()
         fused._library.cache_clear()

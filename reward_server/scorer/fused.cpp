@@ -5,7 +5,10 @@
 //   top_t   = max_j z_tj
 //   total_t = sum_j exp(z_tj - top_t)
 //   slope_t = sum_j exp(z_tj - top_t) * (z_tj - top_t)
-// so that logsumexp = top + log(total) and entropy = log(total) - slope / total.
+//   square_t = sum_j exp(z_tj - top_t) * (z_tj - top_t)^2
+//   the k largest <hidden_t, weight_j>, in descending order
+// so that logsumexp = top + log(total), entropy = log(total) - slope / total, and the variance of log p under p is
+// square / total - (slope / total)^2.
 
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
@@ -47,13 +50,14 @@ inline float exp_bounded(float x) {
 }
 
 struct Sums {
-  double top = kNegativeInfinity, total = 0.0, slope = 0.0;
+  double top = kNegativeInfinity, total = 0.0, slope = 0.0, square = 0.0;
 
   void add(const Sums& other) {
     if (other.total == 0.0) return;  // not `<= 0`: a NaN must go on
     const double to = std::max(top, other.top);
     const double mine = total == 0.0 ? 0.0 : std::exp(top - to), theirs = std::exp(other.top - to);
     const double my_shift = total == 0.0 ? 0.0 : top - to, their_shift = other.top - to;
+    square = mine * moved_square(my_shift) + theirs * other.moved_square(their_shift);
     slope = mine * (slope + total * my_shift) + theirs * (other.slope + other.total * their_shift);
     total = mine * total + theirs * other.total;
     top = to;
@@ -61,104 +65,147 @@ struct Sums {
 
   void raise(double to) {
     const double shift = top - to, factor = std::exp(shift);
+    square = factor * moved_square(shift);
     slope = factor * (slope + total * shift);
     total *= factor;
     top = to;
   }
+
+  double moved_square(double shift) const { return square + 2.0 * shift * slope + shift * shift * total; }
 };
 
-// Sums of exp(x) and exp(x) * x for x = scale * logit - shift, and the largest x.
-inline void pass(const float* logits, int64_t count, float scale, float shift, float& largest, float& total,
-                 float& slope) {
-  float high = -std::numeric_limits<float>::infinity(), sum = 0.0f, weighted = 0.0f;
-#pragma omp simd reduction(max : high) reduction(+ : sum, weighted)
+// Sums of exp(x), exp(x) * x and, with kSquare, exp(x) * x^2 for x = scale * logit - shift, and the largest x.
+template <bool kSquare>
+inline void pass(const float* logits, int64_t count, float scale, float shift, float& largest, Sums& sums) {
+  float high = -std::numeric_limits<float>::infinity(), sum = 0.0f, weighted = 0.0f, squared = 0.0f;
+#pragma omp simd reduction(max : high) reduction(+ : sum, weighted, squared)
   for (int64_t j = 0; j < count; ++j) {
-    const float x = logits[j] * scale - shift, e = exp_bounded(x);
+    const float x = logits[j] * scale - shift, e = exp_bounded(x), ex = e * x;
     high = x > high ? x : high;
     sum += e;
-    weighted += e * x;
+    weighted += ex;
+    if constexpr (kSquare) squared += ex * x;
   }
   largest = high;
-  total = sum;
-  slope = weighted;
+  sums = {shift, sum, weighted, squared};
 }
 
 // Adds a tile. The largest logit so far serves as the shift, which saves a pass for the tile's own maximum; a tile that
 // rises far above it, where float32 would lose digits, is done again.
+template <bool kSquare>
 inline void add(Sums& sums, const float* logits, int64_t count, float scale) {
-  float largest, total, slope;
+  float largest;
+  Sums here;
   auto shift = static_cast<float>(sums.top);
   const bool is_first = sums.total == 0.0;
-  if (!is_first) pass(logits, count, scale, shift, largest, total, slope);
+  if (!is_first) pass<kSquare>(logits, count, scale, shift, largest, here);
   if (is_first || largest > kHighest) {
     float high = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : high)
     for (int64_t j = 0; j < count; ++j) high = logits[j] > high ? logits[j] : high;
     shift = high * scale;
-    pass(logits, count, scale, shift, largest, total, slope);
+    pass<kSquare>(logits, count, scale, shift, largest, here);
   }
-  sums.add({shift, total, slope});
+  sums.add(here);
   if (largest > 0.0f) sums.raise(static_cast<double>(shift) + largest);
 }
 
-template <typename T>
-void run(const T* hidden, const T* weight, int64_t rows, int64_t vocab, int64_t width, const float* scale, double* top,
-         double* total, double* slope, int64_t tile, int64_t threads) {
+// Takes the logits that belong among the k largest so far, which are kept in descending order. Few tiles hold any, so most
+// blocks cost one comparison of their maximum with the smallest that is kept.
+inline void keep_largest(float* kept, int64_t k, const float* logits, int64_t count) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, count);
+    float high = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : high)
+    for (int64_t j = first; j < last; ++j) high = logits[j] > high ? logits[j] : high;
+    if (!(high > kept[k - 1])) continue;
+    for (int64_t j = first; j < last; ++j) {
+      if (!(logits[j] > kept[k - 1])) continue;
+      int64_t place = k - 1;
+      for (; place > 0 && kept[place - 1] < logits[j]; --place) kept[place] = kept[place - 1];
+      kept[place] = logits[j];
+    }
+  }
+}
+
+// What Python gives: [rows, width] hidden states, [vocab, width] weights, a scale and four sums a row, and [rows, k] of
+// the largest products. `square` may be null, and k 0.
+struct Job {
+  const void *hidden, *weight;
+  int64_t rows, vocab, width;
+  const float* scale;
+  double *top, *total, *slope, *square;
+  float* largest;
+  int64_t k, tile, threads;
+};
+
+template <typename T, bool kSquare>
+void run(const Job& job) {
   constexpr int64_t kRows = 64;
+  const int64_t rows = job.rows, vocab = job.vocab, width = job.width, tile = job.tile, k = job.k;
+  const auto* hidden = static_cast<const T*>(job.hidden);
+  const auto* all_weights = static_cast<const T*>(job.weight);
   const int64_t words = width * sizeof(T) / 4;
   const int64_t tiles = (vocab + tile - 1) / tile;
-  std::vector<std::vector<Sums>> parts(threads);
-#pragma omp parallel num_threads(threads)
+  std::vector<std::vector<Sums>> parts(job.threads);
+  std::vector<std::vector<float>> kept(job.threads);
+#pragma omp parallel num_threads(job.threads)
   {
     std::vector<Sums> sums(rows);
+    std::vector<float> largest(rows * k, -std::numeric_limits<float>::infinity());
     auto* packed = static_cast<float*>(std::aligned_alloc(64, tile * words * 4));
     auto* logits = static_cast<float*>(std::aligned_alloc(64, tile * kRows * 4));
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < tiles; ++index) {
       const int64_t first = index * tile, count = std::min(tile, vocab - first);
       // Transposing 32-bit words gives float32 columns, or the column pairs of bfloat16 that dot-product units read.
-      const auto* source = reinterpret_cast<const float*>(weight + first * width);
+      const auto* source = reinterpret_cast<const float*>(all_weights + first * width);
       for (int64_t i = 0; i < count; i += 16)
-        for (int64_t k = 0; k < words; k += 16)
-          at::vec::transpose_mxn<float>(source + i * words + k, words, packed + k * count + i, count,
+        for (int64_t j = 0; j < words; j += 16)
+          at::vec::transpose_mxn<float>(source + i * words + j, words, packed + j * count + i, count,
                                         static_cast<int>(std::min<int64_t>(16, count - i)),
-                                        static_cast<int>(std::min<int64_t>(16, words - k)));
+                                        static_cast<int>(std::min<int64_t>(16, words - j)));
       for (int64_t start = 0; start < rows; start += kRows) {
         const int64_t height = std::min(kRows, rows - start);
         at::native::cpublas::brgemm(height, count, width, width, count, count, false, hidden + start * width,
                                     reinterpret_cast<const T*>(packed), logits, sizeof(T) == 2);
-        for (int64_t i = 0; i < height; ++i) add(sums[start + i], logits + i * count, count, scale[start + i]);
+        for (int64_t i = 0; i < height; ++i) {
+          const int64_t row = start + i;
+          add<kSquare>(sums[row], logits + i * count, count, job.scale[row]);
+          if (k) keep_largest(largest.data() + row * k, k, logits + i * count, count);
+        }
       }
     }
     at::native::cpublas::brgemm_release(sizeof(T) == 2);
     std::free(packed);
     std::free(logits);
     parts[omp_get_thread_num()] = std::move(sums);
+    kept[omp_get_thread_num()] = std::move(largest);
   }
+  std::fill_n(job.largest, rows * k, -std::numeric_limits<float>::infinity());
   for (int64_t t = 0; t < rows; ++t) {
     Sums sums;
     for (const auto& part : parts)  // in thread order, so that equal inputs give equal bits
       if (!part.empty()) sums.add(part[t]);
-    top[t] = sums.top;
-    total[t] = sums.total;
-    slope[t] = sums.slope;
+    job.top[t] = sums.top;
+    job.total[t] = sums.total;
+    job.slope[t] = sums.slope;
+    if (kSquare) job.square[t] = sums.square;
+    for (const auto& part : kept)
+      if (!part.empty()) keep_largest(job.largest + t * k, k, part.data() + t * k, k);
   }
+}
+
+template <typename T>
+void run(const Job& job) {
+  job.square ? run<T, true>(job) : run<T, false>(job);
 }
 
 }  // namespace
 
 extern "C" int rlif_supports_bfloat16() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
-extern "C" void rlif_head_bfloat16(const void* hidden, const void* weight, int64_t rows, int64_t vocab, int64_t width,
-                                   const float* scale, double* top, double* total, double* slope, int64_t tile,
-                                   int64_t threads) {
-  run(static_cast<const at::BFloat16*>(hidden), static_cast<const at::BFloat16*>(weight), rows, vocab, width, scale,
-      top, total, slope, tile, threads);
-}
+extern "C" void rlif_head_bfloat16(const Job* job) { run<at::BFloat16>(*job); }
 
-extern "C" void rlif_head_float32(const void* hidden, const void* weight, int64_t rows, int64_t vocab, int64_t width,
-                                  const float* scale, double* top, double* total, double* slope, int64_t tile,
-                                  int64_t threads) {
-  run(static_cast<const float*>(hidden), static_cast<const float*>(weight), rows, vocab, width, scale, top, total,
-      slope, tile, threads);
-}
+extern "C" void rlif_head_float32(const Job* job) { run<float>(*job); }

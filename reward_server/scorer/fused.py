@@ -1,6 +1,6 @@
 """The fused CPU pass of `fused.cpp`: compiled once a machine with g++, cached, called through ctypes.
 
-It needs AVX-512 and a compiler. Without either, `available` is false and the torch operators of `metrics` do the same
+It needs AVX-512 and a compiler. Without either, `available` is false and the torch operators of `sums` do the same
 work, slower (about 3x for bfloat16, 1.1x for float32). ctypes lets go of the GIL, so servers stay responsive meanwhile.
 """
 
@@ -16,6 +16,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+from reward_server.scorer.metrics import Wanted
+from reward_server.scorer.sums import Sums
 
 log = logging.getLogger(__name__)
 
@@ -37,26 +40,53 @@ def available(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
     return library is not None and (hidden.dtype == torch.float32 or bool(library.rlif_supports_bfloat16()))
 
 
-def sums(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`top`, `total`, `slope` (float64 [T]) of the logits `scale[t] * hidden[t] @ weight.T`; see fused.cpp.
+class _Job(ctypes.Structure):
+    """`Job` of fused.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden", "weight")),
+        *((name, ctypes.c_int64) for name in ("rows", "vocab", "width")),
+        *((name, ctypes.c_void_p) for name in ("scale", "top", "total", "slope", "square", "largest")),
+        *((name, ctypes.c_int64) for name in ("k", "tile", "threads")),
+    ]
+
+
+def sums(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, wanted: Wanted) -> Sums:
+    """The sums over the logits `scale[t] * hidden[t] @ weight.T`.
 
     hidden [T, H], weight [V, H]; scale float32 [T], positive.
     """
     library = _library()
     assert library is not None
     rows, width = hidden.shape
-    tile = min(512, max(128, TILE_BYTES // (width * weight.element_size()) // 16 * 16))
     hidden, scale = hidden.contiguous(), scale.contiguous()
-    out = [torch.empty(rows, dtype=torch.float64) for _ in range(3)]
+    top, total, slope, square = (torch.empty(rows, dtype=torch.float64) for _ in range(4))
+    largest = torch.empty(rows, min(wanted.top_k, weight.shape[0]), dtype=torch.float32)
+    job = _Job(
+        hidden=hidden.data_ptr(),
+        weight=weight.data_ptr(),
+        rows=rows,
+        vocab=weight.shape[0],
+        width=width,
+        scale=scale.data_ptr(),
+        top=top.data_ptr(),
+        total=total.data_ptr(),
+        slope=slope.data_ptr(),
+        square=square.data_ptr() if wanted.varentropy else None,
+        largest=largest.data_ptr(),
+        k=largest.shape[1],
+        tile=min(512, max(128, TILE_BYTES // (width * weight.element_size()) // 16 * 16)),
+        threads=torch.get_num_threads(),
+    )
     run = library.rlif_head_bfloat16 if hidden.dtype == torch.bfloat16 else library.rlif_head_float32
-    sizes = [ctypes.c_int64(value) for value in (rows, weight.shape[0], width)]
-    knobs = [ctypes.c_int64(value) for value in (tile, torch.get_num_threads())]
-    run(_at(hidden), _at(weight), *sizes, _at(scale), *map(_at, out), *knobs)
-    return tuple(out)
-
-
-def _at(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+    run(ctypes.byref(job))
+    return Sums(
+        top,
+        total,
+        slope,
+        square if wanted.varentropy else None,
+        largest=largest.double() * scale.double()[:, None] if wanted.top_k else None,
+    )
 
 
 @functools.cache

@@ -6,7 +6,6 @@ causal model never looks right, so rows of real tokens are what they would be wi
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward_server.scorer.head import Head, check_head, head_of
-from reward_server.scorer.items import Abandoned, ItemScores, TokenItem, check_item
-from reward_server.scorer.metrics import METRICS, Statistics, tiled_statistics
+from reward_server.scorer.items import Abandoned, ItemScores, Span, TokenItem, check_item, collect, eos_ids
+from reward_server.scorer.metrics import Wanted
+from reward_server.scorer.statistics import tiled_statistics
 from services.contract import Version
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class TransformersScorer:
         config = self.model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.eos_ids = _eos_ids(self.model, self.tokenizer)
+        self.eos_ids = eos_ids(self.model.generation_config, config, self.tokenizer)
         self.version = Version(lineage=0, version=0)
         self.ema_decay = ema_decay
         self._average: dict[str, torch.Tensor] = {}
@@ -110,9 +110,9 @@ class TransformersScorer:
             self.head,
             torch.tensor(rows.chosen, device=self.device),
             torch.tensor(rows.temperature, dtype=torch.float64, device=self.device),
-            entropy=any(METRICS[name].needs_entropy for item in items for name in item.metrics),
+            Wanted.of(item.fields for item in items),
         ).cpu()
-        return [_collect(item, statistics, span) for item, span in zip(items, spans, strict=True)]
+        return [collect(item, statistics, span) for item, span in zip(items, spans, strict=True)]
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -181,13 +181,13 @@ class _Rows:
         self.chosen: list[int] = []
         self.temperature: list[float] = []
 
-    def add(self, number: int, item: TokenItem, end: int) -> "_Span":
+    def add(self, number: int, item: TokenItem, end: int) -> Span:
         """Rows of sequence `number` that predict its first `end` completion tokens, rows of the tokens, or both."""
         start = len(item.prompt_ids)
-        own_rows = [item.preset == "open_r1" and METRICS[name].has_presets for name in item.metrics]
-        shifted = self._extend(number, start - 1, item, end, item.temperature) if not all(own_rows) else None
-        unshifted = self._extend(number, start, item, end, 1.0) if any(own_rows) else None
-        return _Span(shifted, unshifted)
+        only_unshifted = item.unshifted == set(item.metrics)
+        shifted = None if only_unshifted else self._extend(number, start - 1, item, end, item.temperature)
+        unshifted = self._extend(number, start, item, end, 1.0) if item.unshifted else None
+        return Span(shifted, unshifted)
 
     def _extend(self, number: int, first: int, item: TokenItem, end: int, temperature: float) -> slice:
         before = len(self.sequence)
@@ -196,24 +196,6 @@ class _Rows:
         self.chosen += list(item.completion_ids[:end])
         self.temperature += [temperature] * end
         return slice(before, before + end)
-
-
-@dataclass(frozen=True)
-class _Span:
-    shifted: slice | None
-    unshifted: slice | None
-
-
-def _collect(item: TokenItem, statistics: Statistics, span: _Span) -> ItemScores:
-    scores, per_token = {}, {}
-    for name in item.metrics:
-        metric = METRICS[name]
-        part = span.unshifted if item.preset == "open_r1" and metric.has_presets else span.shifted
-        assert part is not None
-        values = metric.per_token(statistics.rows(part), item.preset)
-        scores[name] = (values.mean() if metric.reduce == "mean" else values.sum()).item()
-        per_token[name] = values.numpy()
-    return ItemScores(len(values), scores, per_token)
 
 
 def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int]]:
@@ -225,12 +207,3 @@ def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int
         else:
             batches.append([index])
     return batches
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a text, by the generation config, the model config or the tokenizer."""
-    ids: set[int] = set()
-    for owner in (model.generation_config, model.config.get_text_config(), tokenizer):
-        value = getattr(owner, "eos_token_id", None)
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
-    return frozenset(ids)
