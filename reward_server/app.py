@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Response
 
-from reward_server import compat, scoring
+from reward_server import catalogue, compat, scoring
 from reward_server.calls import Calls
 from reward_server.encoding import Encoder
 from reward_server.evaluate import Means, score_groups
@@ -183,21 +183,12 @@ def _add_reward_routes(app: FastAPI, specs: Specs, means: Means) -> None:
 
     @app.get("/v1/rewards", tags=["rewards"])
     async def list_rewards() -> RewardsList:
-        """Every reward: what it needs, its parameters' JSON schema, its range, whether this server can compute it."""
+        """Every reward: what it is and needs, its parameters' JSON schema, an example, whether it works here."""
         found = []
         for reward in REWARDS.values():
             missing = reward.missing(means.have)
-            found.append(
-                RewardEntry(
-                    name=reward.name,
-                    description=reward.description,
-                    needs=list(reward.needs),
-                    range=reward.range,
-                    params=reward.params.model_json_schema(),
-                    available=missing is None,
-                    unavailable_because=missing,
-                )
-            )
+            entry = catalogue.entry(reward)
+            found.append(RewardEntry(**entry, available=missing is None, unavailable_because=missing))
         return RewardsList(rewards=found)
 
     app.include_router(compat.router(score, means))

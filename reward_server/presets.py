@@ -19,4 +19,11 @@ PRESETS = {
         ],
         combine=Combine(order="normalize_then_sum", normalize="group_std", eps=1e-4),
     ),
+    # Right and short above right and long above wrong; accuracy counts only through the length.
+    "accuracy_cosine": RewardSpec(
+        rewards=[RewardTerm(name="math_verify", weight=0.0), RewardTerm(name="cosine_length")]
+    ),
+    # Control arms (Spurious Rewards, arXiv 2506.10947), with accuracy measured beside them.
+    "format_control": RewardSpec(rewards=[RewardTerm(name="format"), RewardTerm(name="math_verify", weight=0.0)]),
+    "random_control": RewardSpec(rewards=[RewardTerm(name="random"), RewardTerm(name="math_verify", weight=0.0)]),
 }

@@ -156,13 +156,20 @@ class RewardsResponse(Wire):
 
 
 class RewardEntry(Wire):
-    """What a reward needs, its range (none where unbounded), its parameters' JSON schema, whether it works here."""
+    """What a reward needs, its range (none where unbounded), its parameters' JSON schema, whether it works here.
+
+    `example` are terms of a spec; `builds_on` (keys of other terms) and `reads` (metrics of the scoring pass) are its.
+    """
 
     name: str
     description: str
+    details: str
     needs: list[str]
     range: tuple[float | None, float | None]
+    builds_on: list[str]
+    reads: list[str]
     params: dict[str, Any]
+    example: list[dict[str, Any]]
     available: bool
     unavailable_because: str | None
 

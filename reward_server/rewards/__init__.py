@@ -3,6 +3,8 @@
 from reward_server.reward import Reward
 from reward_server.rewards import (
     certainty_weighted_vote,
+    code_output,
+    code_tests,
     constant,
     cosine_length,
     exact_match,
@@ -46,6 +48,8 @@ REWARDS: dict[str, Reward] = {
         exact_match,
         json_schema,
         instruction_following,
+        code_tests,
+        code_output,
         format,
         tag_count,
         repetition,

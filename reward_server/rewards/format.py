@@ -45,7 +45,7 @@ async def score(group: RewardGroup, params: FormatParams, context: Context) -> l
 
 REWARD = Reward(
     name="format",
-    description="1 when the completion matches a regular expression (default: <think>..</think><answer>..</answer>).",
+    description="1 when the completion matches a regular expression (default: `<think>..</think><answer>..</answer>`).",
     needs=(),
     range=(0.0, 1.0),
     params=FormatParams,

@@ -45,7 +45,11 @@ Schema = Annotated[dict[str, Any] | None, AfterValidator(_is_schema)]
 
 
 class JsonSchemaParams(Params):
-    json_schema: Schema = Field(None, description="a JSON schema; none takes each task's `reference.json_schema`")
+    json_schema: Schema = Field(
+        None,
+        description="a JSON schema; none takes each task's `reference.json_schema`",
+        examples=[{"type": "object", "required": ["answer"]}],
+    )
     where: Literal["block", "whole", "first"] = Field(
         "block",
         description="`block`: the last fenced code block, or else the whole completion; `whole`: the whole completion; "

@@ -17,10 +17,6 @@ from services.api import RewardGroup
 from services.contract import Score
 
 
-class KimiLengthParams(CorrectnessParams):
-    pass
-
-
 def bonus(length: int, shortest: int, longest: int, is_right: bool) -> float:
     if longest == shortest:
         return 0.0
@@ -28,7 +24,7 @@ def bonus(length: int, shortest: int, longest: int, is_right: bool) -> float:
     return lam if is_right else min(0.0, lam)
 
 
-async def score(group: RewardGroup, params: KimiLengthParams, context: Context) -> list[Score]:
+async def score(group: RewardGroup, params: CorrectnessParams, context: Context) -> list[Score]:
     lengths = [count(completion, params.unit) for completion in group.completions]
     known = [length for length in lengths if not isinstance(length, Score)]
     shortest, longest = min(known, default=0), max(known, default=0)
@@ -40,7 +36,7 @@ REWARD = Reward(
     description="0.5 for the shortest of the group to -0.5 for the longest; wrong ones get at most 0 (Kimi k1.5).",
     needs=(),
     range=(-0.5, 0.5),
-    params=KimiLengthParams,
+    params=CorrectnessParams,
     score=score,
     depends=lambda params: (params.correct,),
 )

@@ -52,8 +52,10 @@ Reason in a few sentences. End with one line `Score: N`, N being a number from 0
 class LlmJudgeParams(Params):
     """`low` and `high` are the ends of the judge's scale: its `low` is a reward of 0, its `high` of 1."""
 
-    url: Url = Field(description="up to and including the version, e.g. http://127.0.0.1:8000/v1")
-    model: str = Field(min_length=1, max_length=256, description="the judge's name on that server")
+    url: Url = Field(description="up to and including the version", examples=["http://127.0.0.1:8000/v1"])
+    model: str = Field(
+        min_length=1, max_length=256, description="the judge's name on that server", examples=["Qwen/Qwen3-32B"]
+    )
     rubric: str = Field(RUBRIC, min_length=1, max_length=32768)
     system: str = Field(SYSTEM, max_length=32768, description="the system message; none is sent when empty")
     regex: patterns.Pattern = Field(r"(?i)score[^\w-]{0,8}(-?\d+(?:\.\d+)?)", description="has one group, the score")

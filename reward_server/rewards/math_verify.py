@@ -4,6 +4,10 @@ The answer is looked for boxed first (the last `\\boxed{}`), then after phrases 
 `anchored`, as the last expression of the text. Bare boxes in one text are one answer together (the set of them), so
 that hedging does not pay. The work is done by the math-verify package in processes that can be killed: hostile answers
 (towers of powers, huge factorials, deep nesting) become `timeout` or `error`, never 0.
+
+Outcomes: `correct`, `wrong`, `no_answer` (no expression found; value 0), `unparsable` (the reference is no mathematical
+expression, or too long), `timeout`, `error`. Caveat: the last expression of a text is easily not meant as its answer;
+`anchored` is the stricter rule.
 """
 
 import asyncio

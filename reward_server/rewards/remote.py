@@ -24,7 +24,10 @@ from services.contract import CompletionScore, Outcome, Score
 
 
 class RemoteParams(Params):
-    url: Url = Field(description="`openrlhf`: the full address, e.g. http://host:5000/get_reward; `rlif`: the server's")
+    url: Url = Field(
+        description="`openrlhf`: the full address, e.g. http://host:5000/get_reward; `rlif`: the server's",
+        examples=["http://127.0.0.1:8100"],
+    )
     wire: Literal["rlif", "openrlhf"] = "rlif"
     spec: str | None = Field(None, min_length=1, max_length=128, description="with `rlif`: its spec; none: its default")
     seconds: float = Field(120.0, gt=0, le=3600, description="for the group, retries included")
