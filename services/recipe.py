@@ -55,13 +55,31 @@ class Model(Section):
 
 
 class Fields(Section):
-    """Columns of the data set. One of `prompt` (text) and `messages` (a list of role/content)."""
+    """Columns of the data set. One of `prompt` (text) and `messages` (a list of role/content).
+
+    `reference` names the columns of what else the rewards read there, e.g. `{choices: options}`, or for IFEval
+    `{instruction_id_list: instruction_id_list, kwargs: kwargs}`.
+    """
 
     prompt: str | None = None
     messages: str | None = None
     answer: str | None = None
     tests: str | None = None
     id: str | None = None
+    reference: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("reference")
+    @classmethod
+    def has_no_names_of_its_own(cls, reference: dict[str, str]) -> dict[str, str]:
+        taken = sorted({"answer", "tests"} & set(reference))
+        if taken:
+            raise ValueError(f"{taken[0]!r} has a key of its own: fields.{taken[0]}")
+        return reference
+
+    @property
+    def columns(self) -> list[str]:
+        named = [self.prompt, self.messages, self.answer, self.tests, self.id]
+        return list(dict.fromkeys([name for name in named if name is not None] + list(self.reference.values())))
 
 
 class Data(Section):
@@ -131,18 +149,37 @@ class Rollout(Section):
 
 class Scorer(Section):
     """The reward server and its scorer model. `follow`: `online` newest weights, `match` at least the group's version,
-    `frozen` the base model for ever, `ema` a moving average of what was published (`ema_decay` per version)."""
+    `frozen` the base model for ever, `ema` a moving average of what was published (`ema_decay` per version; not with
+    vLLM)."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
     urls: list[ServerUrl] = Field(default_factory=list)
     replicas: int = Field(1, ge=1, le=64)
     follow: Literal["online", "match", "frozen", "ema"] = "online"
     ema_decay: float = Field(0.99, gt=0, lt=1)
     max_batch_tokens: int = Field(16384, ge=1)
+    max_model_len: int | None = Field(None, ge=2)
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     verifier_workers: int = Field(2, ge=1, le=256)
+    plugins: list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]] = Field(default_factory=list)
+    """Rewards of your own, as module:function (docs/custom-rewards.md)."""
+    sandbox: str = Field("none", pattern=r"^(none|bubblewrap|e2b|((sandboxfusion|piston)=)?https?://\S+)$")
+    """Where programs in completions are run (docs/sandbox.md)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: Gpus = None
     threads: int | None = Field(None, ge=1)
     deadline_seconds: float = Field(300, gt=0)
+
+    @model_validator(mode="after")
+    def engine_can(self) -> Self:
+        if self.engine == "vllm" and self.follow == "ema":
+            raise ValueError("follow: ema needs engine: transformers; vLLM serves no moving average of the weights")
+        if self.engine == "transformers" and self.tensor_parallel_size > 1:
+            raise ValueError("tensor_parallel_size: the transformers engine runs on one device; use engine: vllm")
+        if self.engine == "transformers" and self.max_model_len is not None:
+            raise ValueError("max_model_len: the transformers engine has no such limit; it is for engine: vllm")
+        return self
 
 
 class Pacing(Section):
@@ -265,7 +302,7 @@ class Recipe(Section):
                 )
         needed = {
             "rollout": self.rollout.replicas * self.rollout.tensor_parallel_size,
-            "scorer": self.scorer.replicas,
+            "scorer": self.scorer.replicas * self.scorer.tensor_parallel_size,
             "trainer": self.trainer.ranks,
         }
         for part, count in needed.items():
@@ -274,11 +311,17 @@ class Recipe(Section):
                 raise ValueError(f"{part}.gpus: {gpus} must be {count} different devices, one for each replica or rank")
         if self.rollout.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature: 0 makes every completion of a group the same; use e.g. 1.0")
-        if self.rollout.max_model_len is not None:
-            need = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens
-            if need > self.rollout.max_model_len:
+        if self.run.deterministic and self.scorer.engine == "vllm":
+            raise ValueError(
+                "run.deterministic: the last bits of what scorer.engine vllm computes depend on what else is scored at "
+                "the time; use transformers"
+            )
+        need = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens
+        for part in ("rollout", "scorer"):
+            limit = getattr(self, part).max_model_len
+            if limit is not None and need > limit:
                 raise ValueError(
-                    f"rollout.max_model_len: {self.rollout.max_model_len} is less than data.max_prompt_tokens + "
+                    f"{part}.max_model_len: {limit} is less than data.max_prompt_tokens + "
                     f"rollout.sampling.max_tokens ({need})"
                 )
         return self

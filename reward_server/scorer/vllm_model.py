@@ -20,7 +20,8 @@ from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from reward_server.scorer.head import PROBE_TOKENS, Head, compare_logits
-from reward_server.scorer.metrics import Statistics, tiled_statistics
+from reward_server.scorer.metrics import Wanted
+from reward_server.scorer.statistics import Statistics, tiled_statistics
 from reward_server.scorer.vllm_plugin import ARCHITECTURES, scorer_of
 from reward_server.scorer.vllm_rows import Asked, Pass
 
@@ -160,5 +161,5 @@ class _Rows:
             head,
             on_device(self.chosen, torch.int64),
             on_device(self.temperatures, torch.float64),
-            entropy=any("entropy" in request.columns for request in asked),
+            Wanted.of(request.columns for request in asked),
         )

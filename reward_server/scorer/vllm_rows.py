@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reward_server.scorer.metrics import Statistics
+from reward_server.scorer.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Asked:
-    """`columns`: the fields of `Statistics` that are wanted, and how many numbers a row has of each."""
+    """`columns`: the fields of `Statistics` that are wanted (`lse` and `mean_logit` among them), and how many numbers a
+    row has of each."""
 
     passes: tuple[Pass, ...]
     columns: Mapping[str, int]
@@ -67,9 +68,6 @@ class Asked:
         """What `table` was made of."""
         parts = table.split(list(self.columns.values()), 1)
         fields = {
-            name: part if name in MATRICES else part[:, 0] for name, part in zip(self.columns, parts, strict=True)
+            name: part if name == "top_logprobs" else part[:, 0] for name, part in zip(self.columns, parts, strict=True)
         }
         return Statistics(vocab_size=vocab_size, **fields)
-
-
-MATRICES: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""`rlif serve reward` and `rlif serve rollout`: one server process."""
+"""`rlif serve reward`, `rlif serve rollout` and `rlif serve sandbox`: one server process."""
 
 import os
 import socket
@@ -25,6 +25,10 @@ RecipeFile = Annotated[
 ModelName = Annotated[str | None, typer.Option("--model", help="Hugging Face name or local folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+SANDBOXES = (
+    "Where programs in completions are run: none, bubblewrap, http://HOST:PORT (rlif serve sandbox), "
+    "sandboxfusion=URL, piston=URL or e2b."
+)
 Follow = Annotated[
     str | None, typer.Option(help="Redis URL of a run whose weight versions this server follows (with --run).")
 ]
@@ -66,6 +70,7 @@ def replica_name(service: str, port: int) -> str:
 @app.command()
 def reward(
     model: ModelName = None,
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     spec: Annotated[Path | None, typer.Option(help="YAML reward spec that becomes the default.")] = None,
     port: Port = 8100,
     host: Host = "127.0.0.1",
@@ -73,10 +78,22 @@ def reward(
     dtype: Dtype = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the scorer.", min=1)] = None,
     verifier_workers: Annotated[int, typer.Option(help="Processes that check math.", min=1)] = 2,
+    sandbox: Annotated[str, typer.Option(help=SANDBOXES)] = "none",
+    own_rewards: Annotated[
+        list[str] | None, typer.Option("--reward", help="A reward of your own, as module:function; may be repeated.")
+    ] = None,
     max_batch_tokens: Annotated[int, typer.Option(help="Padded tokens of one scoring batch.", min=1)] = 16384,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and completion together (vllm).", min=2)
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of one vLLM engine.", min=1)] = 1,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory vLLM may take.")] = 0.85,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     follow: Follow = None,
     run: RunName = None,
+    match: Annotated[
+        bool, typer.Option("--match", help="With --follow: a group waits for the weight version that it asks for.")
+    ] = False,
     recipe_file: RecipeFile = None,
 ) -> None:
     """Score completions over HTTP: self-certainty by a scorer model, verifiable rewards, and mixes of them.
@@ -87,6 +104,7 @@ def reward(
     _check_follow(follow, run)
     _check_choice("--device", device, DEVICES)
     _check_choice("--dtype", dtype, DTYPES)
+    _check_choice("--engine", engine, ("transformers", "vllm"))
     chosen = recipe.load(recipe_file) if recipe_file else None
     _limit_threads(chosen.scorer.threads if chosen else threads)
     from reward_server import app as reward_app
@@ -108,8 +126,14 @@ def reward(
             run_id=chosen.run.name,
             replica=replica_name("reward", port),
             poll_seconds=chosen.weights.poll_seconds,
+            engine=chosen.scorer.engine,
             max_batch_tokens=chosen.scorer.max_batch_tokens,
+            max_model_len=chosen.scorer.max_model_len,
+            tensor_parallel_size=chosen.scorer.tensor_parallel_size,
+            gpu_memory_utilization=chosen.scorer.gpu_memory_utilization,
             verifier_workers=chosen.scorer.verifier_workers,
+            plugins=(*chosen.scorer.plugins, *(own_rewards or ())),
+            sandbox=chosen.scorer.sandbox,
         )
     else:
         settings = reward_app.Settings(
@@ -120,11 +144,18 @@ def reward(
             threads=threads,
             trust_remote_code=trust_remote_code,
             default_spec=read_spec(spec) if spec else None,
+            follow="match" if match else "online",
             redis_url=follow,
             run_id=run,
             replica=replica_name("reward", port),
+            engine=engine,
             max_batch_tokens=max_batch_tokens,
+            max_model_len=max_model_len,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
             verifier_workers=verifier_workers,
+            plugins=tuple(own_rewards or ()),
+            sandbox=sandbox,
         )
     http.serve(reward_app.create(settings), host, port)
 
@@ -200,3 +231,25 @@ def rollout(
             replica=replica_name("rollout", port),
         )
     http.serve(rollout_app.create(settings), host, port)
+
+
+@app.command()
+def sandbox(
+    languages: Annotated[
+        str | None, typer.Option(help="What programs may be written in: python,cpp. Left out: all that is installed.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Cases run at once; left out: one a CPU.", min=1)] = None,
+    queue: Annotated[int, typer.Option(help="Programs that may wait; more are answered 429.", min=1)] = 4096,
+    port: Port = 8400,
+    host: Host = "127.0.0.1",
+) -> None:
+    """Run untrusted programs for reward servers (their --sandbox http://HOST:PORT), each in namespaces of its own."""
+    logs.configure()
+    from reward_server.sandbox import app as sandbox_app
+    from reward_server.sandbox.bubblewrap import TOOLS, Bubblewrap
+
+    wanted = frozenset(languages.split(",")) if languages else frozenset()
+    for language in sorted(wanted - set(TOOLS)):
+        raise http.StartupError(f"--languages {language}: choose from {', '.join(TOOLS)}")
+    bubblewrap = Bubblewrap(wanted, concurrency, queue)
+    http.serve(sandbox_app.create(http.settings_from_environment(host), bubblewrap), host, port)
