@@ -1,5 +1,6 @@
 """Reward specs that come with the server, and what makes a spec computable here."""
 
+import reprlib
 from graphlib import CycleError, TopologicalSorter
 
 from pydantic import ValidationError
@@ -69,7 +70,8 @@ def _refused_params(place: int, term: RewardTerm, reward: Reward, error: Validat
     where = ".".join([f"rewards[{place}].params", *(str(part) for part in fault["loc"])])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] != "secret":  # somebody may have put a key where its name belongs
-        message += f" (got {fault['input']!r:.100})"
+        given = fault["input"]  # which may be nested more deeply than repr can follow
+        message += f" (got {reprlib.repr(given) if isinstance(given, dict | list) else repr(given):.100})"
     if fault["type"] == "extra_forbidden":
         message = f"no such parameter; {term.name} takes: {', '.join(reward.params.model_fields) or 'none'}"
     return SpecError(where, message)

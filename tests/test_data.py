@@ -85,6 +85,26 @@ def test_messages_and_tests_columns(tokenizer, tmp_path):
     assert second.task_id == f"{first.task_id}-2"
 
 
+def test_further_columns_of_the_reference(tokenizer, tmp_path):
+    rows = [
+        {"q": "a", "options": ["x", "y"], "given": [{"num_words": 3, "relation": None}]},
+        {"q": "b", "options": None, "given": None},
+    ]
+    fields = {"prompt": "q", "reference": {"choices": "options", "kwargs": "given"}}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    for path in (write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "r.parquet"):
+        first, second = load(tokenizer, path, fields=fields).tasks
+        assert first.reference.model_extra == {"choices": ["x", "y"], "kwargs": rows[0]["given"]}
+        assert first.reference.answer is None and second.reference is None
+    parquet.write_table(pyarrow.Table.from_pylist([{"q": "a", "options": b"x"}]), tmp_path / "b.parquet")
+    with pytest.raises(data.DataError, match="field 'options': .*bytes"):
+        load(tokenizer, tmp_path / "b.parquet", fields={"prompt": "q", "reference": {"choices": "options"}})
+    with pytest.raises(data.DataError, match="gone"):
+        load(tokenizer, tmp_path / "r.parquet", fields={"prompt": "q", "reference": {"choices": "gone"}})
+    with pytest.raises(ValueError, match="fields.answer"):
+        load(tokenizer, tmp_path / "r.parquet", fields={"prompt": "q", "reference": {"answer": "q"}})
+
+
 def test_epochs_are_permutations_that_depend_on_the_seed_alone(tokenizer, jsonl):
     source = load(tokenizer, jsonl, seed=5)
     n = len(source.tasks)

@@ -1,5 +1,6 @@
 """The rule-based rewards, their parameters, and the specs made of them."""
 
+import functools
 import time
 
 import pytest
@@ -128,6 +129,10 @@ def test_every_reward_and_preset_is_a_spec_with_good_defaults():
         check_spec(named_spec(name))
 
 
+DEEP: dict = functools.reduce(lambda inner, _: {"a": inner}, range(5000), {})
+"""JSON goes deeper than repr does."""
+
+
 @pytest.mark.parametrize(
     ("term", "field", "says"),
     [
@@ -135,6 +140,7 @@ def test_every_reward_and_preset_is_a_spec_with_good_defaults():
         ({"name": "self_certainty"}, "rewards[1].name", "without"),
         ({"name": "length", "params": {"scale": -1}}, "rewards[1].params.scale", "greater than 0"),
         ({"name": "length", "params": {"scael": 1}}, "rewards[1].params.scael", "unit, scale, limit"),
+        ({"name": "length", "params": {"scale": DEEP}}, "rewards[1].params.scale", "number (got {'a': {'a'"),
         ({"name": "length", "params": {"scale": "x"}}, "rewards[1].params.scale", "number"),
         ({"name": "length", "params": {"scale": float("nan")}}, "rewards[1].params.scale", "finite"),
         ({"name": "exact_match", "params": {"regex": "("}}, "rewards[1].params.regex", "regular expression"),

@@ -98,7 +98,7 @@ def _dataset(data: Data, columns: list[str]) -> Iterator[tuple[str, dict[str, An
 
 def _rows(data: Data) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) with at least the columns the recipe names. Raises DataError."""
-    columns = [name for name in data.fields.model_dump().values() if name is not None]
+    columns = data.fields.columns
     path = Path(data.path)
     kind = FILES.get(path.suffix)
     if kind and not path.is_file():
@@ -134,6 +134,15 @@ def _tests(value: Any) -> list[dict[str, Any]] | None:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """A value that can go on the wire as it is."""
+    try:
+        orjson.dumps(value)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
 def _messages(row: dict[str, Any], data: Data) -> list[Message]:
     if data.fields.prompt is not None:
         text = row[data.fields.prompt]
@@ -163,9 +172,14 @@ def _task(row: dict[str, Any], data: Data, pattern: re.Pattern[str] | None, chat
         answer = _answer(row[fields.answer], pattern) if fields.answer else None
         name = fields.tests
         tests = _tests(row[fields.tests]) if fields.tests else None
+        further = {}
+        for key, name in fields.reference.items():
+            if row[name] is not None:
+                further[key] = _plain(row[name])
+        name = fields.tests
         reference = None
-        if answer is not None or tests is not None:
-            reference = Reference.model_validate({"answer": answer, "tests": tests})
+        if answer is not None or tests is not None or further:
+            reference = Reference.model_validate({"answer": answer, "tests": tests, **further})
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         raise ValueError(f"field {name!r}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
