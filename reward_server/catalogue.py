@@ -50,7 +50,8 @@ def example(reward: Reward) -> list[dict[str, Any]]:
 
 def entry(reward: Reward) -> dict[str, Any]:
     """`builds_on` and `reads` (terms of the spec by key; metrics of the scoring pass) are those of the example."""
-    params = reward.params.model_validate(example_params(reward))
+    is_read = reward.depends is not None or reward.scoring is not None
+    params = reward.params.model_validate(example_params(reward)) if is_read else None
     return {
         "name": reward.name,
         "description": reward.description,

@@ -18,9 +18,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
 def check_rewards(chosen: Recipe) -> None:
-    """Raises RecipeError when a reward or its parameters are unknown to the reward server of this installation."""
+    """Raises RecipeError when a reward or its parameters are unknown to the reward server of this installation, and
+    StartupError when a plug-in of the recipe cannot be used."""
+    from reward_server import plugins
     from reward_server.specs import SpecError, check_spec, named_spec
 
+    plugins.install(chosen.scorer.plugins)
     try:
         check_spec(chosen.spec or named_spec(str(chosen.rewards)))
     except SpecError as error:
