@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Response
 
-from reward_server import catalogue, compat, scoring
+from reward_server import catalogue, compat, plugins, scoring
 from reward_server.calls import Calls
 from reward_server.encoding import Encoder
 from reward_server.evaluate import Means, score_groups
@@ -72,14 +72,16 @@ class Settings:
     poll_seconds: float = 0.2
     max_batch_tokens: int = 16384
     verifier_workers: int = 2
+    plugins: tuple[str, ...] = ()
 
 
 def create(settings: Settings) -> FastAPI:
     """The app, with its model loaded. Raises StartupError: the model or the default spec cannot be used."""
     if settings.redis_url is not None and settings.run_id is None:
         raise StartupError("following a run needs its name beside the Redis URL")
+    plugins.install(settings.plugins)
     service = scorer_service(settings)
-    workers = WorkerPool(settings.verifier_workers, warm_up=[math_verify.WARM_UP])
+    workers = WorkerPool(settings.verifier_workers, warm_up=[math_verify.WARM_UP, *plugins.warm_ups()])
     encoder = Encoder(service.scorer.tokenizer, service.scorer.max_length) if service else None
     means = Means(workers, service, encoder, http=Calls())
     specs = _specs(settings, means.have)
