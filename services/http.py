@@ -6,6 +6,7 @@ Wire rules that hold on every route: errors are RFC 9457 `application/problem+js
 """
 
 import asyncio
+import base64
 import hmac
 import ipaddress
 import json
@@ -63,7 +64,8 @@ class HttpSettings:
     api_token: str | None = None
     admin_token: str | None = None
     max_body_bytes: int = 64 * 2**20
-    max_concurrent: int = 256
+    max_concurrent: int = 1024
+    """Trainers that post one sample a call have a whole batch of calls open."""
     body_seconds: float = 60.0
     """How long a client may be silent in the middle of a body, before it loses its place to others."""
 
@@ -125,8 +127,8 @@ class _NegotiatedRoute(APIRoute):
 class _Gate:
     """ASGI middleware: request id, token, body size, concurrency, deadline, access log, metrics."""
 
-    def __init__(self, app: ASGIApp, service: str, settings: HttpSettings):
-        self.app, self.service, self.settings = app, service, settings
+    def __init__(self, app: ASGIApp, service: str, settings: HttpSettings, pages: frozenset[str]):
+        self.app, self.service, self.settings, self.pages = app, service, settings, pages
         self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -179,7 +181,12 @@ class _Gate:
         """The deadline in seconds, or none. Raises Problem."""
         if _is_open(scope["path"]):
             return None
-        self._authorise(scope, headers)
+        try:
+            self._authorise(scope, headers)
+        except Problem as refusal:
+            if scope["path"] not in self.pages:
+                raise
+            scope["rlif.refusal"] = refusal
         if self.in_flight > self.settings.max_concurrent:
             limit = self.settings.max_concurrent
             raise Problem(429, "Too many requests", f"{limit} requests are being served already", retry_after=1)
@@ -192,10 +199,12 @@ class _Gate:
     def _authorise(self, scope: Scope, headers: Headers) -> None:
         api, admin = self.settings.api_token, self.settings.admin_token
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        token = given.strip() if scheme.lower() == "bearer" else ""
-        is_api, is_admin = _same(token, api), _same(token, admin)
+        is_bearer = scheme.lower() == "bearer"
+        token = given.strip() if is_bearer else _password(given) if scheme.lower() == "basic" else ""
+        # A browser sends Basic credentials by itself, also where another site's page asks it to.
+        is_api, is_admin = _same(token, api), is_bearer and _same(token, admin)
         if (api or admin) and token and not (is_api or is_admin):
-            raise Problem(401, "Wrong token", "Authorization: the bearer token is not the one this server knows")
+            raise Problem(401, "Wrong token", "Authorization: the token is not the one this server knows")
         if api and not (is_api or is_admin):
             raise Problem(401, "Token needed", "Authorization: send `Bearer <token>`")
         # Without an admin token, whoever may call a loopback server may also change it.
@@ -232,6 +241,14 @@ def _is_open(path: str) -> bool:
 def _shown_path(scope: Scope) -> str:
     """The path as it was sent: decoded it may hold line breaks, and with them log lines of the client's making."""
     return quote(scope["path"][:200], safe="/:@!$&'()*+,;=")
+
+
+def _password(credentials: str) -> str:
+    """Of Basic authorization: what a client sends for http://:TOKEN@host, and all that some trainers' clients can."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _same(given: str, known: str | None) -> bool:
@@ -272,17 +289,20 @@ def create_app(
     ready: Callable[[], dict[str, str]],
     lifespan: Callable | None = None,
     description: str = "",
+    pages: frozenset[str] = frozenset(),
 ) -> FastAPI:
     """An app with health, readiness, metrics and docs; add routes to it.
 
     `ready()` returns each dependency's state: "ok", or why it is not. It is called on every probe and must be quick.
+    `pages`: paths for browsers, which send no bearer token of themselves. Their routes are called without one too, and
+    answer for themselves what a caller may see; `scope["rlif.refusal"]` then holds the Problem.
     """
     noted = None if lifespan is None else _noting_refusal(lifespan)
     app = FastAPIOffline(
         title=f"rlif {service}", version=version, lifespan=noted, description=description, redoc_url=None
     )
     app.router.route_class = _NegotiatedRoute
-    app.add_middleware(_Gate, service=service, settings=settings)
+    app.add_middleware(_Gate, service=service, settings=settings, pages=pages)
 
     @app.exception_handler(Problem)
     async def on_problem(_: Request, problem: Problem) -> Response:

@@ -1,6 +1,7 @@
 """The rules every service's HTTP obeys, through a real server."""
 
 import asyncio
+import base64
 import socket
 
 import httpx
@@ -153,6 +154,8 @@ def test_tokens(guarded_url):
     assert post({}) == 401
     assert post({"Authorization": "Bearer wrong"}) == 401
     assert post({"Authorization": "Basic user-token"}) == 401
+    assert post({"Authorization": "Basic " + base64.b64encode(b"any:user-token").decode()}) == 200
+    assert post({"Authorization": "Basic " + base64.b64encode(b":admin-token").decode()}) == 401
     assert post({"Authorization": "Bearer user-token"}) == 200
     assert post({"Authorization": "Bearer admin-token"}) == 200
     assert put("user-token") == 403
