@@ -23,6 +23,7 @@ from pathlib import Path
 
 ARMS = ("tiled", "naive", "limit")
 LIMIT_TILES = (2048, 8192, 32768)
+METRICS = ("self_certainty", "token_entropy", "mean_logprob", "sequence_logprob")
 
 
 def arguments() -> argparse.Namespace:
@@ -77,13 +78,12 @@ def prepare(options: argparse.Namespace) -> tuple[Callable[[], float], Callable[
 
     torch.set_num_threads(options.threads)
     from reward_server.scorer.items import TokenItem
-    from reward_server.scorer.metrics import METRICS
     from reward_server.scorer.transformers import TransformersScorer
 
     scorer = TransformersScorer(str(options.model), options.dtype, "cpu")
     length = options.prompt + options.completion
     ids = torch.randint(1, options.vocab, (options.sequences, length), generator=torch.Generator().manual_seed(1))
-    items = [TokenItem(row[: options.prompt].tolist(), row[options.prompt :].tolist(), tuple(METRICS)) for row in ids]
+    items = [TokenItem(row[: options.prompt].tolist(), row[options.prompt :].tolist(), METRICS) for row in ids]
     completion_rows = slice(options.prompt - 1, length - 1)
 
     def tiled() -> float:
@@ -104,7 +104,7 @@ def prepare(options: argparse.Namespace) -> tuple[Callable[[], float], Callable[
         return 0.0
 
     def warm_up() -> object:
-        return scorer.score([TokenItem([1], [2, 3], tuple(METRICS))])
+        return scorer.score([TokenItem([1], [2, 3], METRICS)])
 
     if options.arm != "limit":
         return {"tiled": tiled, "naive": naive}[options.arm], warm_up

@@ -41,6 +41,10 @@ class TokenItem:
         """The metrics that are read from the rows *of* the tokens; the others from the rows before them."""
         return frozenset(name for name in self.metrics if self.preset == "open_r1" and METRICS[name].has_presets)
 
+    @property
+    def needs_reference(self) -> bool:
+        return any(METRICS[name].needs_reference for name in self.metrics)
+
     def scored_length(self, eos_ids: frozenset[int]) -> int:
         """Completion tokens up to and including the first EOS."""
         ends = (place + 1 for place, token in enumerate(self.completion_ids) if token in eos_ids)

@@ -5,29 +5,29 @@ causal model never looks right, so rows of real tokens are what they would be wi
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reward_server.scorer.head import Head, check_head, head_of
+from reward_server.scorer.causal_model import CausalModel, check_same_vocabulary
+from reward_server.scorer.head import Head, head_of
 from reward_server.scorer.items import Abandoned, ItemScores, Span, TokenItem, check_item, collect, eos_ids
 from reward_server.scorer.metrics import Wanted
-from reward_server.scorer.statistics import tiled_statistics
+from reward_server.scorer.statistics import Reference, tiled_statistics
 from services.contract import Version
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TransformersScorer:
     """Scores token ids with a Hugging Face causal model. Not thread-safe: one thread calls `score` and `swap`.
 
     `max_batch_tokens` bounds the padded tokens of one forward; a single longer item still runs, by itself.
+    `reference_model`: a frozen model beside it, for `kl_to_reference`.
     `ema_decay`: serve the moving average of the weights that were loaded (decay per version) instead of the newest.
     `version` is the newest version that is part of the served weights; (0, 0) is the model as it was given.
     """
@@ -42,29 +42,24 @@ class TransformersScorer:
         trust_remote_code: bool = False,
         attn_implementation: str = "sdpa",
         ema_decay: float | None = None,
+        reference_model: str | None = None,
     ):
-        """Raises ValueError: unknown dtype, or a model whose logits cannot be reproduced; OSError: no such model."""
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+        """Raises ValueError: unknown dtype, a model whose logits cannot be reproduced, or a reference model that cannot
+        be compared with it; OSError: no such model."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("device: PyTorch sees no GPU here; use cpu")
-        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.path, self.device, self.max_batch_tokens = path, torch.device(device), max_batch_tokens
-        self.tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        if len(self.tokenizer) < 2:  # what transformers makes up for a folder that has no tokenizer
-            raise ValueError("has no tokenizer files")
-        model: Any = AutoModelForCausalLM
-        self.model = model.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **source)
-        self.model.to(self.device).eval().requires_grad_(False)
-        self.decoder = self.model.get_decoder()
-        self.head: Head = head_of(self.model)
-        check_head(self.model, self.decoder, self.head)
-        config = self.model.config.get_text_config()
-        self.vocab_size: int = config.vocab_size
-        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.eos_ids = eos_ids(self.model.generation_config, config, self.tokenizer)
+        how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        self.causal = CausalModel.load(path, dtype, self.device, revision=revision, **how)
+        self.model, self.decoder, self.tokenizer = self.causal.model, self.causal.decoder, self.causal.tokenizer
+        self.vocab_size = self.causal.head.vocab_size
+        self.max_length = self.causal.max_length
+        self.eos_ids = eos_ids(self.model.generation_config, self.causal.config, self.tokenizer)
+        self.reference: CausalModel | None = None
+        if reference_model is not None:
+            self.reference = _reference(self.causal, reference_model, dtype, self.device, how)
         self.version = Version(lineage=0, version=0)
         self.ema_decay = ema_decay
         self._average: dict[str, torch.Tensor] = {}
@@ -72,11 +67,22 @@ class TransformersScorer:
             self._average = {name: tensor.float().cpu().clone() for name, tensor in self._tensors().items()}
         log.info("scorer %s: %s on %s, vocabulary %d", path, dtype, self.device, self.vocab_size)
 
+    @property
+    def head(self) -> Head:
+        return self.causal.head
+
+    @property
+    def has_reference(self) -> bool:
+        return self.reference is not None
+
     # ---- scoring -----------------------------------------------------------------------------------------------
 
     def check(self, item: TokenItem) -> None:
         """Raises ValueError naming the field, the value and what would be valid."""
-        check_item(item, self.vocab_size, self.max_length)
+        longest = self.max_length
+        if self.reference is not None and item.needs_reference and self.reference.max_length is not None:
+            longest = min(self.reference.max_length, longest or self.reference.max_length)
+        check_item(item, self.vocab_size, longest, self.has_reference)
 
     @torch.inference_mode()
     def score(self, items: Sequence[TokenItem], unwanted: Callable[[], bool] = lambda: False) -> list[ItemScores]:
@@ -86,33 +92,38 @@ class TransformersScorer:
         """
         for item in items:
             self.check(item)
-        ends = [item.scored_length(self.eos_ids) for item in items]
         results = [ItemScores(0)] * len(items)
-        full = sorted((index for index, end in enumerate(ends) if end), key=lambda index: (-len(items[index]), index))
-        for batch in _batches(full, [len(item) for item in items], self.max_batch_tokens):
-            if unwanted():
-                raise Abandoned
-            scores = self._score_batch([items[index] for index in batch], [ends[index] for index in batch])
-            for index, result in zip(batch, scores, strict=True):
-                results[index] = result
+        for sequences in _sequences(items, self.eos_ids):
+            for batch in _batches(sequences, self.max_batch_tokens):
+                if unwanted():
+                    raise Abandoned
+                for place, result in self._score_batch(batch):
+                    results[place] = result
         return results
 
-    def _score_batch(self, items: list[TokenItem], ends: list[int]) -> list[ItemScores]:
-        ids = torch.zeros(len(items), max(map(len, items)), dtype=torch.int64)
-        for row, item in enumerate(items):
-            ids[row, : len(item)] = torch.tensor([*item.prompt_ids, *item.completion_ids])
-        hidden = self.decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-
+    def _score_batch(self, batch: list["_Sequence"]) -> Iterator[tuple[int, ItemScores]]:
+        """Scores, each with the place of its item."""
+        ids = torch.zeros(len(batch), len(batch[0].ids), dtype=torch.int64)
         rows = _Rows()
-        spans = [rows.add(number, item, end) for number, (item, end) in enumerate(zip(items, ends, strict=True))]
+        asked: list[tuple[int, TokenItem, Span]] = []
+        for number, sequence in enumerate(batch):
+            ids[number, : len(sequence.ids)] = torch.tensor(sequence.ids)
+            asked += [(place, item, rows.add(number, item, sequence.end)) for place, item in sequence.items]
+        ids = ids.to(self.device)
+        places = rows.sequence, rows.position
+        reference = None
+        if self.reference is not None and any(item.needs_reference for _, item, _ in asked):
+            reference = Reference(self.reference.hidden(ids)[places], self.reference.head)
         statistics = tiled_statistics(
-            hidden[rows.sequence, rows.position],
+            self.causal.hidden(ids)[places],
             self.head,
             torch.tensor(rows.chosen, device=self.device),
             torch.tensor(rows.temperature, dtype=torch.float64, device=self.device),
-            Wanted.of(item.fields for item in items),
+            Wanted.of(item.fields for _, item, _ in asked),
+            reference,
         ).cpu()
-        return [collect(item, statistics, span) for item, span in zip(items, spans, strict=True)]
+        for place, item, span in asked:
+            yield place, collect(item, statistics, span)
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -164,12 +175,22 @@ class TransformersScorer:
             tensor.copy_(staged[name])
         if self.ema_decay is not None:
             self._average = staged
-        self.head = head_of(self.model)
+        self.causal.head = head_of(self.model)
         self.version = version
 
     def load(self, version: Version, directory: Path) -> None:
         """`stage`, then `swap`."""
         self.swap(version, self.stage(version, directory))
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """What one forward computes, for all items that ask about it; `end` completion tokens are scored."""
+
+    ids: tuple[int, ...]
+    end: int
+    items: list[tuple[int, TokenItem]]
+    """With their places among those of the call."""
 
 
 class _Rows:
@@ -180,30 +201,56 @@ class _Rows:
         self.position: list[int] = []
         self.chosen: list[int] = []
         self.temperature: list[float] = []
+        self._slices: dict[tuple[int, int, float], slice] = {}
 
     def add(self, number: int, item: TokenItem, end: int) -> Span:
         """Rows of sequence `number` that predict its first `end` completion tokens, rows of the tokens, or both."""
         start = len(item.prompt_ids)
         only_unshifted = item.unshifted == set(item.metrics)
-        shifted = None if only_unshifted else self._extend(number, start - 1, item, end, item.temperature)
-        unshifted = self._extend(number, start, item, end, 1.0) if item.unshifted else None
+        shifted = None if only_unshifted else self._slice(number, start - 1, item, end, item.temperature)
+        unshifted = self._slice(number, start, item, end, 1.0) if item.unshifted else None
         return Span(shifted, unshifted)
 
-    def _extend(self, number: int, first: int, item: TokenItem, end: int, temperature: float) -> slice:
-        before = len(self.sequence)
-        self.sequence += [number] * end
-        self.position += range(first, first + end)
-        self.chosen += list(item.completion_ids[:end])
-        self.temperature += [temperature] * end
-        return slice(before, before + end)
+    def _slice(self, number: int, first: int, item: TokenItem, end: int, temperature: float) -> slice:
+        """Items of one sequence that differ in something else share their rows."""
+        key = (number, first, temperature)
+        if key not in self._slices:
+            self._slices[key] = slice(len(self.sequence), len(self.sequence) + end)
+            self.sequence += [number] * end
+            self.position += range(first, first + end)
+            self.chosen += list(item.completion_ids[:end])
+            self.temperature += [temperature] * end
+        return self._slices[key]
 
 
-def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Consecutive runs of `order` (longest first) whose padded size stays within the budget, at least one item each."""
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(index)
+def _sequences(items: Sequence[TokenItem], eos_ids: frozenset[int]) -> list[list[_Sequence]]:
+    """The sequences that have tokens to score, longest first; apart from each other those that go without the reference
+    model and those that need it."""
+    parts: tuple[dict[Any, _Sequence], ...] = ({}, {})
+    for place, item in enumerate(items):
+        end = item.scored_length(eos_ids)
+        if end:
+            key = tuple(item.prompt_ids), tuple(item.completion_ids)
+            new = _Sequence((*key[0], *key[1]), end, [])
+            parts[item.needs_reference].setdefault(key, new).items.append((place, item))
+    return [sorted(part.values(), key=lambda sequence: -len(sequence.ids)) for part in parts]
+
+
+def _batches(sequences: list[_Sequence], budget: int) -> list[list[_Sequence]]:
+    """Consecutive runs (longest first) whose padded size stays within the budget, at least one sequence each."""
+    batches: list[list[_Sequence]] = []
+    for sequence in sequences:
+        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].ids) <= budget:
+            batches[-1].append(sequence)
         else:
-            batches.append([index])
+            batches.append([sequence])
     return batches
+
+
+def _reference(own: CausalModel, path: str, dtype: str, device: torch.device, how: dict[str, Any]) -> CausalModel:
+    try:
+        reference = CausalModel.load(path, dtype, device, **how)
+        check_same_vocabulary(own, reference)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the reference model {path}: {error}") from error
+    return reference
