@@ -5,25 +5,20 @@ folder in memory, `/tmp`. C++ is compiled once, in a sandbox, too; the binary co
 """
 
 import asyncio
-import logging
 import os
 import shutil
 import time
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from reward_server.sandbox import confined, probe, seccomp
 from reward_server.sandbox.confined import Run, SetupFailed
+from reward_server.sandbox.health import Health
 from reward_server.sandbox.provider import Busy, Case, CaseResult, Language, Limits, Places, Program, Sandbox, in_turn
 from services.http import StartupError
 
-log = logging.getLogger(__name__)
-
 NOBODY = "65534"
-STOPPED = "the sandbox was not started"
-RECOVERY_SECONDS = 5.0
 PATH = "/usr/bin:/bin:/usr/local/bin"
 SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libexec", "include")
 DEVICES = ("null", "zero", "full", "random", "urandom")
@@ -46,18 +41,20 @@ class Bubblewrap(Sandbox):
     languages: frozenset[str] = frozenset()
     concurrency: int | None = None
     queue: int = 4096
-    _state: str = field(default=STOPPED, init=False)
-    _recovery: asyncio.Task | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.places = Places(self.concurrency or os.cpu_count() or 1, self.queue)
-        self.tools = {name: found for name in get_args(Language) if (found := shutil.which(TOOLS[name], path=PATH))}
+        installed = {name: shutil.which(tool, path=PATH) for name, tool in TOOLS.items()}
+        self.tools = {str(name): found for name, found in installed.items() if found}
         self.languages = self.languages or frozenset(self.tools)
+        self.health = Health(lambda: self.confine(["true"], Limits()))
+        self._filter: int | None = None
 
     async def start(self) -> None:
         """Raises StartupError unless bubblewrap is there and, tried out, holds."""
-        for name in sorted(self.languages - set(self.tools)):
-            raise StartupError(f"the sandbox needs {TOOLS[name]} for {name}, and there is none in {PATH}")
+        for language, tool in TOOLS.items():
+            if language in self.languages - set(self.tools):
+                raise StartupError(f"the sandbox needs {tool} for {language}, and there is none in {PATH}")
         if not self.languages:
             raise StartupError(f"the sandbox finds neither python3 nor g++ in {PATH}")
         for name, package in (("bwrap", "bubblewrap"), ("prlimit", "util-linux"), ("setpriv", "util-linux")):
@@ -68,20 +65,18 @@ class Bubblewrap(Sandbox):
         except ValueError as error:
             raise StartupError(str(error)) from error
         self._system = _system(list(self.tools.values()))
-        self._state = "ok"
         if fault := await probe.fault(self):
             await self.stop()
             raise StartupError(f"the sandbox does not hold here: {fault} (docs/sandbox.md says what it needs)")
 
     async def stop(self) -> None:
-        if self._recovery:
-            self._recovery.cancel()
-        if self._state != STOPPED:
-            self._state = STOPPED
+        self.health.stop()
+        if self._filter is not None:
             os.close(self._filter)
+            self._filter = None
 
     def state(self) -> str:
-        return self._state
+        return self.health.state
 
     async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
         if program.language not in self.languages:
@@ -157,25 +152,16 @@ class Bubblewrap(Sandbox):
             text = ours(confined.reopened(ours(confined.sealed(stdin))))
             report, status = map(ours, os.pipe())
             data = {path: ours(confined.reopened(fd)) for path, fd in (files or {}).items()}
+            assert self._filter is not None, "the sandbox was not started"
             rules = ours(confined.reopened(self._filter))
             arguments = self._arguments(command, limits, data, rules, status)
             try:
                 done = await confined.run(arguments, text, [rules, status, *data.values()], report, limits)
             except SetupFailed as error:
-                log.error("a sandbox could not be set up: %s", error)
-                self._state = f"bubblewrap: {error}"
-                if self._recovery is None or self._recovery.done():
-                    self._recovery = asyncio.create_task(self._recover())
+                self.health.broke(f"bubblewrap: {error}")
                 raise
-        self._state = "ok"
+        self.health.worked()
         return done
-
-    async def _recover(self) -> None:
-        """Nobody sends programs to a server that is not ready, so it finds out by itself when it is again."""
-        while self._state != "ok":
-            await asyncio.sleep(RECOVERY_SECONDS)
-            with suppress(SetupFailed):
-                await self.confine(["true"], Limits())
 
     def _arguments(
         self, command: list[str], limits: Limits, data: dict[str, int], rules: int, status: int
@@ -197,7 +183,7 @@ class Bubblewrap(Sandbox):
 
 
 def _system(tools: list[str]) -> list[str]:
-    """bubblewrap's arguments for what programs see of the system. Of /usr/local only if one of the tools lives there."""
+    """bubblewrap's arguments for what programs see of the system: of /usr/local only if a tool lives there."""
     arguments = []
     for prefix in ("/usr", "/usr/local", "/"):
         for name in SYSTEM:

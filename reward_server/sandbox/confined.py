@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -94,9 +95,8 @@ async def run(command: list[str], stdin: int, fds: list[int], report: int, limit
     finally:
         watcher.cancel()
         stopped.cancel()
-        # bubblewrap's death is the death of the first process in the sandbox, and with it of the whole namespace.
-        with suppress(ProcessLookupError):
-            process.kill()
+        if process.returncode is None:
+            await _kill(process.pid)
         _, still = await asyncio.wait({ended, *readers}, timeout=END_SECONDS)
         if still:
             log.error("a sandbox did not end within %.0f s of being killed", END_SECONDS)
@@ -105,6 +105,22 @@ async def run(command: list[str], stdin: int, fds: list[int], report: int, limit
     run.seconds = time.monotonic() - started
     _conclude(run, report)
     return run
+
+
+async def _kill(pid: int) -> None:
+    """Kill bubblewrap and its only child, the first process of the sandbox: the whole namespace dies with that one.
+
+    bubblewrap binds the child's life to its own (--die-with-parent) only once it has set the sandbox up; it is stopped
+    first, so that it cannot start the child after we looked.
+    """
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        while process_tree.state(pid) not in "TtZX":
+            await asyncio.sleep(0.001)
+        for child in process_tree.children(pid):
+            os.kill(child, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 async def _read(stream: asyncio.StreamReader, kept: bytearray, keep: int, run: Run, name: str, most: int) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import httpx
 
+from reward_server.sandbox.health import Health
 from reward_server.sandbox.provider import Case, CaseResult, Language, Limits, Places, Program, Sandbox, in_turn
 from reward_server.sandbox.wire import Fault, client, clipped, exchange
 from services.http import StartupError
 
 NAMES: dict[Language, tuple[str, str]] = {"python": ("python", "main.py"), "cpp": ("c++", "main.cpp")}
-START_SECONDS = 30.0
+CHECK_SECONDS = 20.0
 STDERR_TAIL = 4096
 
 
@@ -28,15 +29,13 @@ class Piston(Sandbox):
         self.languages = frozenset()
         self.versions: dict[str, str] = {}
         self._http: httpx.AsyncClient | None = None
-        self._state = "ok"
+        self.health = Health(self._check)
 
     async def start(self) -> None:
         """Raises StartupError: the server does not say which languages it has."""
         self._http = client()
         try:
-            runtimes = await exchange(
-                self._http, "GET", f"{self.url}/runtimes", None, time.monotonic() + START_SECONDS
-            )
+            runtimes = await self._check()
             for name, (theirs, _) in NAMES.items():
                 for runtime in runtimes:
                     if theirs == runtime["language"] or theirs in runtime["aliases"]:
@@ -48,11 +47,12 @@ class Piston(Sandbox):
         self.languages = frozenset(self.versions)
 
     async def stop(self) -> None:
+        self.health.stop()
         if self._http:
             await self._http.aclose()
 
     def state(self) -> str:
-        return self._state
+        return self.health.state
 
     async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
         if program.language not in self.languages:
@@ -80,20 +80,25 @@ class Piston(Sandbox):
         started = time.monotonic()
         try:
             answer = await exchange(self._http, "POST", f"{self.url}/execute", body, deadline)
-            result = _read(answer, limits, time.monotonic() - started)
         except Fault as fault:
-            self._state = str(fault)
+            self.health.broke(str(fault))
             return CaseResult(status="error", detail=str(fault), seconds=time.monotonic() - started)
-        self._state = "ok"
-        return result
+        self.health.worked()
+        try:
+            return _read(answer, limits, time.monotonic() - started)
+        except Fault as fault:
+            return CaseResult(status="error", detail=str(fault), seconds=time.monotonic() - started)
+
+    async def _check(self) -> Any:
+        assert self._http is not None
+        return await exchange(self._http, "GET", f"{self.url}/runtimes", None, time.monotonic() + CHECK_SECONDS)
 
 
 def _read(answer: Any, limits: Limits, seconds: float) -> CaseResult:
     """Raises Fault: the server failed, or this is no answer of Piston's."""
-    stages = [answer.get(name) for name in ("compile", "run")] if isinstance(answer, dict) else []
-    if not stages or not isinstance(stages[1], dict):
+    compiled, ran = (answer.get("compile"), answer.get("run")) if isinstance(answer, dict) else (None, None)
+    if not isinstance(ran, dict):
         raise Fault(f"Piston failed: {str(answer)[:300]}")
-    compiled, ran = stages
     for stage in (compiled, ran):
         if stage and stage.get("status") == "XX":
             raise Fault(f"Piston failed: {stage.get('message')}")
@@ -101,7 +106,7 @@ def _read(answer: Any, limits: Limits, seconds: float) -> CaseResult:
         return CaseResult(status="compile", stderr=clipped(compiled.get("stderr"), STDERR_TAIL), detail="compile error")
     status, code, signal = ran.get("status"), ran.get("code"), ran.get("signal")
     stderr = clipped(ran.get("stderr"), STDERR_TAIL)
-    # An older server kills with SIGKILL at its time limit, the kernel does at the memory limit: the clock tells them apart.
+    # Older servers end a program by SIGKILL at the time limit, as the kernel does at the memory limit.
     if status == "TO" or (status is None and signal == "SIGKILL" and seconds >= limits.wall_seconds):
         detail = f"no end within {limits.wall_seconds:g} s"
         return CaseResult(status="timeout", stderr=stderr, seconds=seconds, detail=detail)

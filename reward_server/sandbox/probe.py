@@ -1,4 +1,4 @@
-"""Does the sandbox hold on this machine? One script inside it says what it could do, and one program a language runs."""
+"""Does the sandbox hold on this machine? A script inside says what it could do, and one program a language runs."""
 
 import time
 from typing import TYPE_CHECKING

@@ -1,6 +1,7 @@
 """What a process and all its descendants use at this moment, read from /proc."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,16 +28,34 @@ def usage(root: int) -> Usage:
             found.cpu_seconds += sum(map(int, fields[11:15])) / TICKS
             _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
             found.memory_bytes += max(0, resident - shared) * PAGE
-            for task in os.listdir(f"/proc/{pid}/task"):
-                found.pids += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
+        found.pids += children(pid)
     return found
 
 
-def files_in(pid: int, folder: str) -> int:
-    """How many files there are in the file system that `folder` is for the process; 0 when it just ended."""
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    return found
+
+
+def state(pid: int) -> str:
+    """The letter that the kernel gives it (T: stopped, Z: zombie); X when it is gone."""
     try:
+        return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+def files_in(pid: int, folder: str) -> int:
+    """How many files there are in the file system that `folder` is for a process with a root of its own; 0 when it has
+    ended, or is still on its way there."""
+    try:
+        if os.stat(f"/proc/{pid}/root").st_dev == os.stat("/").st_dev:
+            return 0
         found = os.statvfs(f"/proc/{pid}/root{folder}")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0

@@ -51,7 +51,7 @@ class CaseResult(Wire):
     """`ok`: the program ended by itself with exit code 0. `crash`: with another, or by a signal (128 + its number).
 
     `timeout`, `memory` and `output`: it was ended at that limit. `compile`: it does not compile. `deadline` and `error`
-    are no fault of the program. `stdout` is text (UTF-8, bad bytes replaced); `stderr` its end. `seconds` are wall time.
+    are no fault of the program. `stdout` is text (UTF-8, bad bytes replaced), `stderr` its end, `seconds` wall time.
     """
 
     status: Status
@@ -77,9 +77,7 @@ class Sandbox(Protocol):
 
     def state(self) -> str: ...
 
-    async def run(
-        self, program: Program, cases: list[Case], limits: Limits, deadline: float
-    ) -> list[CaseResult]: ...
+    async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]: ...
 
 
 class Busy(Exception):

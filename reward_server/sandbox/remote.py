@@ -4,13 +4,14 @@ import time
 
 from pydantic import Field
 
+from reward_server.sandbox.health import Health
 from reward_server.sandbox.provider import Case, CaseResult, Limits, Program, Sandbox
-from services.clients import CallError, DeadlinePassed, ServiceClient
+from services.clients import CallError, DeadlinePassed, Refused, ServiceClient
 from services.contract import Wire
 from services.http import StartupError
 
 RETRY_SECONDS = 30.0
-START_SECONDS = 30.0
+CHECK_SECONDS = 30.0
 
 
 class ExecuteRequest(Wire):
@@ -36,21 +37,25 @@ class RemoteSandbox(Sandbox):
         except ValueError as error:
             raise StartupError(f"--sandbox {error}") from error
         self.languages = frozenset()
-        self._state = "ok"
+        self.health = Health(self._check)
 
     async def start(self) -> None:
         """Raises StartupError: the service cannot be reached."""
         try:
-            found = await self.client.call("GET", "/v1/languages", Languages, deadline_seconds=START_SECONDS)
+            found = await self._check()
         except CallError as error:
             raise StartupError(f"--sandbox: {error}") from error
         self.languages = frozenset(found.languages)
 
+    async def _check(self) -> Languages:
+        return await self.client.call("GET", "/v1/languages", Languages, deadline_seconds=CHECK_SECONDS)
+
     async def stop(self) -> None:
+        self.health.stop()
         await self.client.close()
 
     def state(self) -> str:
-        return self._state
+        return self.health.state
 
     async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
         body = ExecuteRequest(program=program, cases=cases, limits=limits)
@@ -60,10 +65,11 @@ class RemoteSandbox(Sandbox):
         except DeadlinePassed:
             return [CaseResult(status="deadline", detail="the request's deadline passed")] * len(cases)
         except CallError as error:
-            self._state = str(error)
+            if not isinstance(error, Refused):
+                self.health.broke(str(error))
             return [CaseResult(status="error", detail=str(error))] * len(cases)
         if len(answer.results) != len(cases):
             detail = f"{self.client.url}: {len(cases)} cases, but {len(answer.results)} results"
             return [CaseResult(status="error", detail=detail)] * len(cases)
-        self._state = "ok"
+        self.health.worked()
         return answer.results

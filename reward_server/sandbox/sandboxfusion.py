@@ -9,32 +9,35 @@ from typing import Any
 
 import httpx
 
+from reward_server.sandbox.health import Health
 from reward_server.sandbox.provider import Case, CaseResult, Limits, Places, Program, Sandbox, in_turn
 from reward_server.sandbox.wire import Fault, client, clipped, exchange
 
 ACCEPTED = ("Success", "Failed")
 FINISHED, LATE = "Finished", "TimeLimitExceeded"
 STDERR_TAIL = 4096
+CHECK_SECONDS = 10.0
 
 
 class SandboxFusion(Sandbox):
     languages = frozenset({"python", "cpp"})
 
     def __init__(self, url: str, concurrency: int = 64, queue: int = 4096):
-        self.url = f"{url.rstrip('/')}/run_code"
+        self.url = url.rstrip("/")
         self.places = Places(concurrency, queue)
         self._http: httpx.AsyncClient | None = None
-        self._state = "ok"
+        self.health = Health(self._check)
 
     async def start(self) -> None:
         self._http = client()
 
     async def stop(self) -> None:
+        self.health.stop()
         if self._http:
             await self._http.aclose()
 
     def state(self) -> str:
-        return self._state
+        return self.health.state
 
     async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
         async def one(case: Case) -> CaseResult:
@@ -57,13 +60,19 @@ class SandboxFusion(Sandbox):
         }
         started = time.monotonic()
         try:
-            answer = await exchange(self._http, "POST", self.url, body, deadline)
-            result = _read(answer, limits)
+            answer = await exchange(self._http, "POST", f"{self.url}/run_code", body, deadline)
         except Fault as fault:
-            self._state = str(fault)
+            self.health.broke(str(fault))
             return CaseResult(status="error", detail=str(fault), seconds=time.monotonic() - started)
-        self._state = "ok"
-        return result
+        self.health.worked()
+        try:
+            return _read(answer, limits)
+        except Fault as fault:
+            return CaseResult(status="error", detail=str(fault), seconds=time.monotonic() - started)
+
+    async def _check(self) -> None:
+        assert self._http is not None
+        await exchange(self._http, "GET", f"{self.url}/v1/ping", None, time.monotonic() + CHECK_SECONDS)
 
 
 def _read(answer: Any, limits: Limits) -> CaseResult:

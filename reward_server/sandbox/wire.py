@@ -1,4 +1,4 @@
-"""Calls to other people's sandbox servers: JSON over HTTP, tried again while a server is busy, bounded by a deadline."""
+"""Calls to other projects' sandbox servers: JSON over HTTP, tried again while a server is busy, with a deadline."""
 
 import asyncio
 import itertools

@@ -1,0 +1,125 @@
+"""`code_tests`: does the program in the completion pass the task's tests?
+
+The program is the last closed fenced code block that is marked as the language (```` ```python ````), or else the last
+one that is not marked at all; a block cut off by the end of the completion is none. It runs in the sandbox once for
+every test of `reference.tests` ({"input", "output"}, the first `max_cases` of them): the input comes on stdin, and a
+test is passed when the program ends with exit code 0 and its whole output agrees with the expected one, token by token
+(`reward_server.sandbox.compare`).
+
+The value is the share of tests passed, or, with `reward: all`, 1 only when every one is. What the program itself does
+wrong fails that one test and no other: a crash, too much time, memory or output. (After three tests over their time the
+others count as over it, too, and are not run.) A program that does not compile passes none.
+
+Outcomes: `correct` (all passed), `wrong`, `no_answer` (no code block; value 0). What is not the program's fault gives
+no value: `timeout` when the request's deadline passes before the tests are through, `error` when the sandbox fails.
+"""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from reward_server.reward import Context, Params, Reward
+from reward_server.sandbox.compare import same_output
+from reward_server.sandbox.provider import Case, CaseResult, Language, Limits, Program
+from services.api import RewardGroup
+from services.contract import Outcome, Score, TestCase
+
+FENCE = re.compile(r"[ \t]{0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)")
+MARKS: dict[Language, frozenset[str]] = {
+    "python": frozenset({"python", "python3", "py", "py3"}),
+    "cpp": frozenset({"cpp", "c++", "cc", "cxx", "c++17", "c++20"}),
+}
+
+
+class CodeTestsParams(Params):
+    language: Language = "python"
+    reward: Literal["share", "all"] = Field("share", description="the share of tests passed, or all of them or nothing")
+    tolerance: float | None = Field(None, ge=0, le=1, description="numbers may differ by it, times max(1, |expected|)")
+    max_cases: int = Field(64, ge=1, le=1024, description="only the first tests of a task are run")
+    seconds: float = Field(4.0, gt=0, le=120, description="CPU time of one test")
+    wall_seconds: float = Field(10.0, gt=0, le=300, description="time of one test, waiting included")
+    memory_mb: int = Field(512, ge=32, le=16384)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(seconds=self.seconds, wall_seconds=self.wall_seconds, memory_mb=self.memory_mb)
+
+
+def extract(text: str, language: Language) -> str | None:
+    """The program that a completion offers; none when it has no closed code block for it."""
+    marked = unmarked = None
+    for mark, body in _blocks(text):
+        if mark in MARKS[language]:
+            marked = body
+        elif not mark:
+            unmarked = body
+    return marked if marked is not None else unmarked
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """The mark and content of every closed code block. Line by line, so that no text takes more than linear time."""
+    fence, mark = "", ""
+    body: list[str] = []
+    for line in text.split("\n"):
+        found = FENCE.match(line)
+        if not fence:
+            if found:
+                fence, mark, body = found[1], found[2].lower(), []
+        elif found and line.strip() == found[1] and found[1].startswith(fence):
+            yield mark, "\n".join([*body, ""])
+            fence = ""
+        else:
+            body.append(line)
+
+
+def judge(results: list[CaseResult], tests: list[TestCase], params: CodeTestsParams) -> Score:
+    """The score of one program from what became of each test."""
+    seconds = sum(result.seconds for result in results)
+    for result in results:
+        if result.status in ("deadline", "error"):
+            outcome = Outcome.timeout if result.status == "deadline" else Outcome.error
+            return Score.failed(outcome, result.detail, seconds)
+    failures = []
+    for place, (result, test) in enumerate(zip(results, tests, strict=True)):
+        if result.status != "ok":
+            failures.append(f"test {place}: {result.detail or _last_line(result) or result.status}")
+        elif not same_output(result.stdout, test.output, params.tolerance):
+            failures.append(f"test {place}: wrong output")
+    passed = len(tests) - len(failures)
+    detail = f"{passed} of {len(tests)} passed" + (f"; {failures[0]}" if failures else "")
+    value = passed / len(tests) if params.reward == "share" else float(not failures)
+    return Score.of(value, Outcome.wrong if failures else Outcome.correct, detail, seconds)
+
+
+def _last_line(result: CaseResult) -> str:
+    said = result.stderr.strip().splitlines()
+    return said[-1] if said else f"exit code {result.exit_code}"
+
+
+async def score(group: RewardGroup, params: CodeTestsParams, context: Context) -> list[Score]:
+    reference = group.task.reference
+    tests = (reference.tests or [] if reference else [])[: params.max_cases]
+    cases = [Case(stdin=test.input) for test in tests]
+
+    async def one(text: str) -> Score:
+        source = await asyncio.to_thread(extract, text, params.language)
+        if source is None:
+            return Score.of(0.0, Outcome.no_answer)
+        program = Program(language=params.language, source=source)
+        results = await context.sandbox.run(program, cases, params.limits, context.deadline)
+        return await asyncio.to_thread(judge, results, tests, params)
+
+    return list(await asyncio.gather(*(one(completion.text) for completion in group.completions)))
+
+
+REWARD = Reward(
+    name="code_tests",
+    description="The share of the task's tests that the program in the completion passes (or: whether it passes all).",
+    needs=("sandbox", "reference.tests"),
+    range=(0.0, 1.0),
+    params=CodeTestsParams,
+    score=score,
+)
