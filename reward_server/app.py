@@ -15,6 +15,7 @@ from reward_server.calls import Calls
 from reward_server.encoding import Encoder
 from reward_server.evaluate import Means, score_groups
 from reward_server.rewards import REWARDS, math_verify
+from reward_server.sandbox.choice import choose
 from reward_server.scorer.engines import scorer_service
 from reward_server.spec_store import DEFAULT, MemoryStore, RedisStore, Specs
 from reward_server.specs import SpecError, named_spec
@@ -49,6 +50,7 @@ class Settings:
 
     With `redis_url` and `run_id` the server follows that run's weights and keeps put specs there; `replica` is its name
     there. `deterministic`: the last bits of a group's scores do not depend on what else was asked at the time.
+    `sandbox` is what `--sandbox` takes (`reward_server.sandbox.choice`).
     """
 
     http: HttpSettings = HttpSettings()
@@ -73,25 +75,31 @@ class Settings:
     max_batch_tokens: int = 16384
     verifier_workers: int = 2
     plugins: tuple[str, ...] = ()
+    sandbox: str = "none"
 
 
 def create(settings: Settings) -> FastAPI:
-    """The app, with its model loaded. Raises StartupError: the model or the default spec cannot be used."""
+    """The app, with its model loaded. Raises StartupError: model, sandbox or default spec cannot be used."""
     if settings.redis_url is not None and settings.run_id is None:
         raise StartupError("following a run needs its name beside the Redis URL")
     plugins.install(settings.plugins)
+    sandbox = choose(settings.sandbox)
     service = scorer_service(settings)
     workers = WorkerPool(settings.verifier_workers, warm_up=[math_verify.WARM_UP, *plugins.warm_ups()])
     encoder = Encoder(service.scorer.tokenizer, service.scorer.max_length) if service else None
-    means = Means(workers, service, encoder, http=Calls())
+    means = Means(workers, service, encoder, sandbox, http=Calls())
     specs = _specs(settings, means.have)
 
     def ready() -> dict[str, str]:
         states = {"verifier": workers.state, "specs": specs.store.state()}
+        if sandbox:
+            states["sandbox"] = sandbox.state()
         return {**states, "scorer": service.state()} if service else states
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if sandbox:
+            await sandbox.start()
         if _starts_with_math(specs):
             workers.start()
         follower = _follower(settings, service)
@@ -109,6 +117,8 @@ def create(settings: Settings) -> FastAPI:
             if service:
                 await service.stop()
             await workers.stop()
+            if sandbox:
+                await sandbox.stop()
             if means.http:
                 await means.http.close()
             await specs.store.close()
