@@ -14,9 +14,10 @@ from reward_server import catalogue, compat, plugins, scoring
 from reward_server.calls import Calls
 from reward_server.encoding import Encoder
 from reward_server.evaluate import Means, score_groups
+from reward_server.playground import page
 from reward_server.rewards import REWARDS, math_verify
 from reward_server.sandbox.choice import choose
-from reward_server.scorer.engines import scorer_service
+from reward_server.scorer import engines
 from reward_server.spec_store import DEFAULT, MemoryStore, RedisStore, Specs
 from reward_server.specs import SpecError, named_spec
 from reward_server.workers import WorkerPool
@@ -50,7 +51,7 @@ class Settings:
 
     With `redis_url` and `run_id` the server follows that run's weights and keeps put specs there; `replica` is its name
     there. `deterministic`: the last bits of a group's scores do not depend on what else was asked at the time.
-    `sandbox` is what `--sandbox` takes (`reward_server.sandbox.choice`).
+    `sandbox` is what `--sandbox` takes (`reward_server.sandbox.choice`). `plugins` are rewards as module:function.
     """
 
     http: HttpSettings = HttpSettings()
@@ -84,7 +85,7 @@ def create(settings: Settings) -> FastAPI:
         raise StartupError("following a run needs its name beside the Redis URL")
     plugins.install(settings.plugins)
     sandbox = choose(settings.sandbox)
-    service = scorer_service(settings)
+    service = engines.scorer_service(settings)
     workers = WorkerPool(settings.verifier_workers, warm_up=[math_verify.WARM_UP, *plugins.warm_ups()])
     encoder = Encoder(service.scorer.tokenizer, service.scorer.max_length) if service else None
     means = Means(workers, service, encoder, sandbox, http=Calls())
@@ -123,8 +124,8 @@ def create(settings: Settings) -> FastAPI:
                 await means.http.close()
             await specs.store.close()
 
-    app = create_app("reward", "0.1.0", settings.http, ready, lifespan, __doc__ or "")
-    _add_reward_routes(app, specs, means)
+    app = create_app("reward", "0.1.0", settings.http, ready, lifespan, __doc__ or "", pages=page.PATHS)
+    _add_reward_routes(app, settings, specs, means)
     _add_spec_routes(app, specs)
     _add_model_routes(app, settings, means)
     return app
@@ -177,7 +178,7 @@ def _seconds(request: Request) -> float:
     return seconds - min(1.0, 0.1 * seconds)
 
 
-def _add_reward_routes(app: FastAPI, specs: Specs, means: Means) -> None:
+def _add_reward_routes(app: FastAPI, settings: Settings, specs: Specs, means: Means) -> None:
     async def score(name: str | None, groups: list[RewardGroup], request: Request) -> list[GroupScores]:
         deadline = time.monotonic() + _seconds(request)
         if means.workers.is_full:
@@ -204,6 +205,7 @@ def _add_reward_routes(app: FastAPI, specs: Specs, means: Means) -> None:
         return RewardsList(rewards=found)
 
     app.include_router(compat.router(score, means))
+    app.include_router(page.router(score, specs, means, settings.model, settings.http, _seconds))
 
 
 def _add_spec_routes(app: FastAPI, specs: Specs) -> None:

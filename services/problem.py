@@ -6,6 +6,7 @@ from typing import Any
 import orjson
 from fastapi import Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -45,8 +46,8 @@ def _field(location: tuple[Any, ...]) -> str:
     return text.lstrip(".") or "body"
 
 
-def validation_problem(error: RequestValidationError) -> Response:
-    """What pydantic found wrong with a request, each fault under the name of its field."""
+def field_errors(error: RequestValidationError | ValidationError) -> list[dict[str, str]]:
+    """What pydantic found wrong, at most 20 faults: [{"field", "message"}]."""
     errors = []
     for fault in error.errors()[:20]:
         field, message = _field(tuple(fault["loc"])), fault["msg"].removeprefix("Value error, ")
@@ -55,5 +56,11 @@ def validation_problem(error: RequestValidationError) -> Response:
         elif not isinstance(fault.get("input"), dict | list | bytes):
             message = f"{message} (got {fault.get('input')!r:.100})"
         errors.append({"field": field, "message": message})
+    return errors
+
+
+def validation_problem(error: RequestValidationError) -> Response:
+    """What pydantic found wrong with a request, each fault under the name of its field."""
+    errors = field_errors(error)
     detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:3])
     return problem_response(Problem(422, "The request is not valid", detail), errors)

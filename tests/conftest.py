@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from services.redis import EmbeddedRedis
 def pytest_configure() -> None:
     if os.environ.get("RLIF_REQUIRE_VLLM") and importlib.util.find_spec("vllm") is None:
         raise pytest.UsageError("RLIF_REQUIRE_VLLM is set but vLLM is not installed: its tests would be skipped")
+    if os.environ.get("RLIF_REQUIRE_BROWSER") and not (shutil.which("chromium") and shutil.which("chromedriver")):
+        raise pytest.UsageError("RLIF_REQUIRE_BROWSER is set but chromium or chromedriver is missing")
 
 
 @pytest.fixture(scope="session")
