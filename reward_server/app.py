@@ -18,6 +18,7 @@ from reward_server.playground import page
 from reward_server.rewards import REWARDS, math_verify
 from reward_server.sandbox.choice import choose
 from reward_server.scorer import engines
+from reward_server.scorer.metrics import METRICS
 from reward_server.spec_store import DEFAULT, MemoryStore, RedisStore, Specs
 from reward_server.specs import SpecError, named_spec
 from reward_server.workers import WorkerPool
@@ -51,12 +52,14 @@ class Settings:
 
     With `redis_url` and `run_id` the server follows that run's weights and keeps put specs there; `replica` is its name
     there. `deterministic`: the last bits of a group's scores do not depend on what else was asked at the time.
+    `reference_model` is a frozen model to compare the scorer's with (transformers).
     `sandbox` is what `--sandbox` takes (`reward_server.sandbox.choice`). `plugins` are rewards as module:function.
     """
 
     http: HttpSettings = HttpSettings()
     model: str | None = None
     revision: str | None = None
+    reference_model: str | None = None
     engine: str = "transformers"
     dtype: str = "float32"
     device: str = "auto"
@@ -248,6 +251,7 @@ def _add_model_routes(app: FastAPI, settings: Settings, means: Means) -> None:
 
     @app.get("/v1/model", tags=["scorer"])
     async def model() -> dict[str, Any]:
+        """What the scorer runs, and the metrics that `/v1/score` knows: per token, and of a completion."""
         service = scorer_service()
         return {
             "model": settings.model,
@@ -258,6 +262,11 @@ def _add_model_routes(app: FastAPI, settings: Settings, means: Means) -> None:
             "dtype": settings.dtype,
             "device": str(service.scorer.device),
             "follow": service.follow,
+            "reference_model": settings.reference_model,
+            "metrics": [
+                {**metric.describe(name), "available": service.has_reference or not metric.needs_reference}
+                for name, metric in METRICS.items()
+            ],
         }
 
     @app.post("/v1/score", tags=["scorer"], response_model_exclude_none=True)

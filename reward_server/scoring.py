@@ -5,15 +5,14 @@ import math
 from typing import Any
 
 from reward_server.encoding import Encoder
+from reward_server.scorer.items import TokenItem
+from reward_server.scorer.metrics import METRICS
 from services.api import ScoreRequest, ScoreResponse, ScoreResult
 from services.http import Problem
 
 
 def token_items(body: ScoreRequest, encoder: Encoder, check: Any) -> list[Any]:
     """The scorer's items of a request; `check` is the scorer's own. Raises Problem (422) naming the field."""
-    from reward_server.scorer.items import TokenItem
-    from reward_server.scorer.metrics import METRICS
-
     for place, name in enumerate(body.metrics):
         if name not in METRICS:
             detail = f"there is no metric {name!r}; known: {', '.join(METRICS)}"
@@ -23,7 +22,7 @@ def token_items(body: ScoreRequest, encoder: Encoder, check: Any) -> list[Any]:
         prompt = encoder.prompt(f"items[{place}]", item.messages, item.prompt, item.prompt_token_ids)
         try:
             completion = encoder.completion(item.completion, item.completion_token_ids)
-            made = TokenItem(prompt, completion, tuple(body.metrics), body.temperature, body.preset)
+            made = TokenItem(prompt, completion, tuple(body.metrics), body.temperature, body.preset, body.top_k)
             check(made)
         except ValueError as error:
             field, _, message = str(error).partition(": ")
@@ -49,7 +48,9 @@ async def score(body: ScoreRequest, service: Any, encoder: Encoder, model: str, 
             raise Problem(
                 500, "The scores are not finite", f"the model's own logits are not: {found.scores}", f"items[{place}]"
             )
-        result = ScoreResult(n_tokens=found.n_tokens, scores=found.scores)
+        counted = {name: values[body.tokens] for name, values in found.per_token.items()}
+        scores = {name: METRICS[name].total(values) for name, values in counted.items() if len(values)}
+        result = ScoreResult(n_tokens=found.n_tokens, scores=scores)
         if body.per_token:
             result.per_token = {name: values.tolist() for name, values in found.per_token.items()}
             result.tokens = encoder.pieces(item.completion_ids[: found.n_tokens])

@@ -5,27 +5,32 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from reward_server.scorer.items import ItemScores, TokenItem
+from reward_server.scorer.metrics import TOP_K, Preset
 from services.api import RewardGroup
 from services.contract import Outcome, Score
 from services.http import Problem
 
 if TYPE_CHECKING:
     from reward_server.reward import Context
-    from reward_server.scorer.items import ItemScores
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a reward reads off the pass: metrics of `POST /v1/score` by name, at a temperature, by a definition."""
+    """What a reward reads off the pass: metrics of `POST /v1/score` by name, at a temperature, by a definition.
+
+    `top_k` is for `topk_confidence`.
+    """
 
     metrics: tuple[str, ...]
     temperature: float = 1.0
-    preset: str = "paper"
+    preset: Preset = "paper"
+    top_k: int = TOP_K
 
     @property
-    def way(self) -> tuple[float, str]:
-        """Rewards that agree on it share the pass over the vocabulary."""
-        return self.temperature, self.preset
+    def way(self) -> tuple[float, Preset, int]:
+        """Rewards that agree on it are answered from one item; the scorer makes one pass for equal ones that differ."""
+        return self.temperature, self.preset, self.top_k
 
 
 @dataclass
@@ -35,9 +40,9 @@ class TokenScores:
     group: RewardGroup
     scorings: list[Scoring]
     context: "Context"
-    _pass: "asyncio.Task[dict[tuple[int, Any], ItemScores | Score]] | None" = field(default=None, init=False)
+    _pass: asyncio.Task[dict[tuple[int, Any], ItemScores | Score]] | None = field(default=None, init=False)
 
-    async def read(self, scoring: Scoring) -> "list[ItemScores | Score]":
+    async def read(self, scoring: Scoring) -> list[ItemScores | Score]:
         """Per completion its scores by metric, or the failed Score that says why there are none.
 
         Raises Problem (504): the scorer did not answer in time, which says nothing of the completions.
@@ -52,7 +57,7 @@ class TokenScores:
         if self._pass is not None:
             self._pass.cancel()
 
-    async def _score(self) -> "dict[tuple[int, Any], ItemScores | Score]":
+    async def _score(self) -> dict[tuple[int, Any], ItemScores | Score]:
         from reward_server.scorer.service import ScoringFailed
 
         context, started = self.context, time.monotonic()
@@ -81,8 +86,6 @@ class TokenScores:
 
     def _items(self) -> dict[tuple[int, Any], Any]:
         """What to score, by completion and way; or why it cannot be (a string)."""
-        from reward_server.scorer.items import TokenItem
-
         task, encoder = self.group.task, self.context.encoder
         prompt = encoder.prompt(f"{self.context.field}.task", task.messages, task.prompt, self.group.prompt_token_ids)
         ways: dict[Any, list[str]] = {}
@@ -92,10 +95,10 @@ class TokenScores:
         items: dict[tuple[int, Any], Any] = {}
         for place, completion in enumerate(self.group.completions):
             for way, metrics in ways.items():
-                temperature, preset = way
+                temperature, preset, top_k = way
                 try:
                     token_ids = encoder.completion(completion.text, completion.token_ids)
-                    item = TokenItem(prompt, token_ids, tuple(metrics), temperature, preset)
+                    item = TokenItem(prompt, token_ids, tuple(metrics), temperature, preset, top_k)
                     self.context.scorer.scorer.check(item)
                     items[place, way] = item
                 except ValueError as error:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from services.contract import (
     LOWEST_TEMPERATURE,
@@ -80,19 +80,53 @@ class ScoreItem(Wire):
         return self
 
 
-class ScoreRequest(Wire):
-    """`preset` picks the definition of self-certainty: `paper` (default), or what the two reference codes compute."""
+class TokenSpan(BaseModel):
+    """Which of a completion's tokens count; all of them by default. A span is cut to the tokens that there are."""
+
+    last: int | None = Field(None, ge=1, description="only the last so many tokens count (all, where there are fewer)")
+    span: tuple[int | None, int | None] | None = Field(
+        None,
+        description="only the tokens [start, end) count, as in Python: from 0, negative from the end, null for open",
+    )
+
+    @model_validator(mode="after")
+    def one_span(self) -> Self:
+        if self.last is not None and self.span is not None:
+            raise ValueError("give one of `last` and `span`, not both")
+        return self
+
+    @property
+    def tokens(self) -> slice:
+        """The tokens that count, of a sequence of all."""
+        if self.last is not None:
+            return slice(-self.last, None)
+        return slice(None) if self.span is None else slice(*self.span)
+
+    def describe(self) -> str:
+        start, end = self.tokens.start, self.tokens.stop
+        return f"[{'' if start is None else start}:{'' if end is None else end}]"
+
+
+class ScoreRequest(Wire, TokenSpan):
+    """`preset` picks the definition of self-certainty: `paper` (default), or what the two reference codes compute.
+
+    `last` or `span` choose the tokens that `scores` are of; `per_token` has them all. `top_k` is topk_confidence's.
+    """
 
     items: list[ScoreItem] = Field(min_length=1, max_length=4096)
     metrics: list[str] = Field(default=["self_certainty"], min_length=1, max_length=32)
     per_token: bool = False
     temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE, le=100)
     preset: Literal["paper", "open_r1", "verl"] = "paper"
+    top_k: int = Field(20, ge=1, le=256)
     min_weight_version: Version | None = None
 
 
 class ScoreResult(Wire):
-    """An empty completion has `n_tokens` 0 and no scores. `per_token` and `tokens` only when asked for."""
+    """An empty completion has `n_tokens` 0 and no scores; a span that leaves nothing of one has none either.
+
+    `per_token` and `tokens` only when asked for.
+    """
 
     n_tokens: int
     scores: dict[str, float]

@@ -150,9 +150,10 @@ class Rollout(Section):
 class Scorer(Section):
     """The reward server and its scorer model. `follow`: `online` newest weights, `match` at least the group's version,
     `frozen` the base model for ever, `ema` a moving average of what was published (`ema_decay` per version; not with
-    vLLM)."""
+    vLLM). `reference_model`: a frozen model (name or folder) beside it, for kl_to_reference (not with vLLM)."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
+    reference_model: str | None = Field(None, min_length=1)
     urls: list[ServerUrl] = Field(default_factory=list)
     replicas: int = Field(1, ge=1, le=64)
     follow: Literal["online", "match", "frozen", "ema"] = "online"
@@ -175,6 +176,8 @@ class Scorer(Section):
     def engine_can(self) -> Self:
         if self.engine == "vllm" and self.follow == "ema":
             raise ValueError("follow: ema needs engine: transformers; vLLM serves no moving average of the weights")
+        if self.engine == "vllm" and self.reference_model is not None:
+            raise ValueError("reference_model: needs engine: transformers; vLLM holds no second model")
         if self.engine == "transformers" and self.tensor_parallel_size > 1:
             raise ValueError("tensor_parallel_size: the transformers engine runs on one device; use engine: vllm")
         if self.engine == "transformers" and self.max_model_len is not None:

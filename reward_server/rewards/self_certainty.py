@@ -1,20 +1,23 @@
 """`self_certainty`: how far the model's next-token distributions are from uniform, on average over the completion.
 
 SC = mean_t KL(U || p_t) = mean_t [ logsumexp(z_t) - mean_j z_tj - log V ], natural logarithm (arXiv 2505.19590).
+
+`last` or `span` average over those tokens alone, `top_fraction` over the most certain of them. Outcomes: `ok`,
+`skipped` (no tokens, or none in the span), `error` (the scorer cannot take the completion).
 """
 
 from typing import Literal
 
 from pydantic import Field
 
-from reward_server.reward import Context, Params, Reward
+from reward_server.reward import Context, Reward
+from reward_server.rewards.tokens import TokenMeanParams, score_tokens
 from reward_server.token_scores import Scoring
 from services.api import RewardGroup
-from services.contract import LOWEST_TEMPERATURE, Score
+from services.contract import Score
 
 
-class SelfCertaintyParams(Params):
-    temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE, le=100, description="divides the logits first")
+class SelfCertaintyParams(TokenMeanParams):
     preset: Literal["paper", "open_r1", "verl"] = Field("paper", description="the definition; see /v1/score")
 
 
@@ -23,9 +26,7 @@ def scoring(params: SelfCertaintyParams) -> Scoring:
 
 
 async def score(_group: RewardGroup, params: SelfCertaintyParams, context: Context) -> list[Score]:
-    assert context.token_scores is not None
-    found = await context.token_scores.read(scoring(params))
-    return [item if isinstance(item, Score) else Score.of(item.scores["self_certainty"]) for item in found]
+    return await score_tokens(scoring(params), params, context, params.mean)
 
 
 REWARD = Reward(

@@ -16,6 +16,8 @@ def scorer_service(settings: "Settings") -> "Service | None":
     if settings.engine not in ENGINES:
         raise StartupError(f"--engine {settings.engine}: choose one of {', '.join(ENGINES)}")
     if settings.model is None:
+        if settings.reference_model is not None:
+            raise StartupError(f"--reference-model {settings.reference_model}: there is no --model to compare with it")
         return None
     return _vllm(settings, settings.model) if settings.engine == "vllm" else _transformers(settings, settings.model)
 
@@ -45,6 +47,7 @@ def _transformers(settings: "Settings", model: str) -> "Service":
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             ema_decay=settings.ema_decay if settings.follow == "ema" else None,
+            reference_model=settings.reference_model,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0]
@@ -53,6 +56,8 @@ def _transformers(settings: "Settings", model: str) -> "Service":
 
 
 def _vllm(settings: "Settings", model: str) -> "Service":
+    if settings.reference_model is not None:
+        raise StartupError("--reference-model: the vllm engine holds no second model; use --engine transformers")
     from services.model_folder import model_folder
 
     try:

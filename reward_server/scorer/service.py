@@ -85,6 +85,10 @@ class ScorerService(Service):
         self._calls.clear()
         self._thread.end()
 
+    @property
+    def has_reference(self) -> bool:
+        return self.scorer.has_reference
+
     def state(self) -> str:
         """ "ok", or why no call is being served: for readiness probes."""
         if self._rounds is None:

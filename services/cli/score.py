@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from reward_server.scorer.metrics import METRICS
 from services import logs
 from services.api import ScoreItem, ScoreResponse
 from services.http import StartupError
@@ -120,7 +121,7 @@ def score(
     completion: Annotated[list[str] | None, typer.Option(help="A completion; may be given several times.")] = None,
     file: Annotated[Path | None, typer.Option(help="JSONL: prompt|messages|prompt_token_ids, completion|...")] = None,
     out: Annotated[Path | None, typer.Option(help="Where --file's rows go, with `scores` added.")] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="Metric; may be given several times.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METRICS)}; may be given several times.")] = None,
     preset: Annotated[str, typer.Option(help="Self-certainty as in: paper, open_r1, verl.")] = "paper",
     temperature: Annotated[float, typer.Option(help="Divides the logits.", min=1e-3, max=100)] = 1.0,
     per_token: Annotated[bool, typer.Option("--per-token", help="Values of each token, too.")] = False,

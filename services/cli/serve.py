@@ -71,6 +71,9 @@ def replica_name(service: str, port: int) -> str:
 def reward(
     model: ModelName = None,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    reference_model: Annotated[
+        str | None, typer.Option(help="Frozen model that --model is compared with, for kl_to_reference (transformers).")
+    ] = None,
     spec: Annotated[Path | None, typer.Option(help="YAML reward spec that becomes the default.")] = None,
     port: Port = 8100,
     host: Host = "127.0.0.1",
@@ -114,6 +117,7 @@ def reward(
             http=http.settings_from_environment(host),
             model=chosen.model.path,
             revision=chosen.model.revision,
+            reference_model=chosen.scorer.reference_model,
             dtype=chosen.model.dtype,
             device=chosen.scorer.device,
             threads=chosen.scorer.threads,
@@ -139,6 +143,7 @@ def reward(
         settings = reward_app.Settings(
             http=http.settings_from_environment(host),
             model=model,
+            reference_model=reference_model,
             dtype=dtype,
             device=device,
             threads=threads,
