@@ -108,10 +108,17 @@ def scorer(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def guarded():
+def guarded_url():
     settings = HttpSettings(api_token="user-token", admin_token="admin-token")
     with served(create(Settings(http=settings))) as url:
         yield url
+
+
+@pytest.fixture
+def guarded(guarded_url):
+    """A client without cookies."""
+    with httpx.Client(base_url=guarded_url, timeout=60) as client:
+        yield client
 
 
 def send(client, status=200, **fields) -> Page:
@@ -494,47 +501,45 @@ def test_numbers():
 
 
 def test_the_page_asks_for_the_token(guarded):
-    with httpx.Client(base_url=guarded, timeout=60) as client:
-        answer = client.get("/")
-        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
-        assert 'name="token"' in answer.text and "exact_match" not in answer.text
-        assert client.post("/", data={"prompt": "a", "completion": "b", "spec": "length"}).status_code == 401
-        assert client.get("/playground/page.css").status_code == 200
-        assert (
-            client.get("/playground/session").status_code == 405 or client.get("/playground/session").status_code == 404
-        )
-        wrong = client.post("/playground/session", data={"token": "user-tokem"})
-        assert wrong.status_code == 401 and "not the one this server knows" in wrong.text and not client.cookies
-        foreign = client.post(
-            "/playground/session", data={"token": "user-token"}, headers={"origin": "http://evil.example"}
-        )
-        assert foreign.status_code == 403 and not client.cookies
+    client = guarded
+    answer = client.get("/")
+    assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+    assert 'name="token"' in answer.text and "exact_match" not in answer.text
+    assert client.post("/", data={"prompt": "a", "completion": "b", "spec": "length"}).status_code == 401
+    assert client.get("/playground/page.css").status_code == 200
+    assert client.get("/playground/session").status_code == 404
+    wrong = client.post("/playground/session", data={"token": "user-tokem"})
+    assert wrong.status_code == 401 and "not the one this server knows" in wrong.text and not client.cookies
+    foreign = client.post(
+        "/playground/session", data={"token": "user-token"}, headers={"origin": "http://evil.example"}
+    )
+    assert foreign.status_code == 403 and not client.cookies
 
-        right = client.post("/playground/session", data={"token": "user-token"}, headers={"origin": guarded})
-        assert right.status_code == 303 and right.headers["location"] == "/"
-        cookie = right.headers["set-cookie"]
-        assert (
-            "HttpOnly" in cookie and "SameSite=strict" in cookie and "Path=/" in cookie and "user-token" not in cookie
-        )
-        assert client.get("/").status_code == 200
-        page = send(client, spec="exact_match", answer="4")
-        assert "+0.707" in page.text and "Authorization: Bearer $RLIF_API_TOKEN" in page.text
-        assert client.get("/v1/specs").status_code == 401
-        assert client.put("/v1/specs/a", json={"rewards": [{"name": "length"}]}).status_code == 401
-        assert client.post("/", data={"prompt": "a"}, headers={"origin": "http://evil.example"}).status_code == 403
+    right = client.post(
+        "/playground/session", data={"token": "user-token"}, headers={"origin": str(client.base_url).rstrip("/")}
+    )
+    assert right.status_code == 303 and right.headers["location"] == "/"
+    cookie = right.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Path=/" in cookie and "user-token" not in cookie
+    assert client.get("/").status_code == 200
+    page = send(client, spec="exact_match", answer="4")
+    assert "+0.707" in page.text and "Authorization: Bearer $RLIF_API_TOKEN" in page.text
+    assert client.get("/v1/specs").status_code == 401
+    assert client.put("/v1/specs/a", json={"rewards": [{"name": "length"}]}).status_code == 401
+    assert client.post("/", data={"prompt": "a"}, headers={"origin": "http://evil.example"}).status_code == 403
 
-        assert client.post("/playground/session", data={"end": "1"}).status_code == 303
-        assert client.get("/").status_code == 401
+    assert client.post("/playground/session", data={"end": "1"}).status_code == 303
+    assert client.get("/").status_code == 401
 
 
 def test_a_bearer_token_opens_the_page_too(guarded):
     for token, status in [("user-token", 200), ("admin-token", 200), ("other", 401)]:
-        assert httpx.get(guarded, headers={"Authorization": f"Bearer {token}"}).status_code == status
+        assert guarded.get("/", headers={"Authorization": f"Bearer {token}"}).status_code == status
 
 
 def test_sessions_cannot_be_forged_and_end(guarded):
     def status(cookie):
-        return httpx.get(guarded, headers={"cookie": f"{session.COOKIE}={cookie}"}).status_code
+        return guarded.get("/", headers={"cookie": f"{session.COOKIE}={cookie}"}).status_code
 
     soon = int(time.time()) + 60
     good = f"{soon}.{session._signature(str(soon), 'user-token')}"
