@@ -71,6 +71,19 @@ async def run(command: list[str], stdin: int, fds: list[int], report: int, limit
 
     Raises SetupFailed. However it ends, cancelled too, no process of the tree is left.
     """
+    run = Run()
+    work = asyncio.create_task(_run(run, command, stdin, fds, report, limits))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        # Not the work itself is cancelled, which may be about to start the process.
+        run.stopped.set()
+        with suppress(SetupFailed):
+            await work
+        raise
+
+
+async def _run(run: Run, command: list[str], stdin: int, fds: list[int], report: int, limits: Limits) -> Run:
     started = time.monotonic()
     pipe = asyncio.subprocess.PIPE
     try:
@@ -80,7 +93,6 @@ async def run(command: list[str], stdin: int, fds: list[int], report: int, limit
     except OSError as error:
         raise SetupFailed(f"{command[0]}: {error.strerror}") from error
     assert process.stdout is not None and process.stderr is not None
-    run = Run()
     ended = asyncio.create_task(process.wait())
     stopped = asyncio.create_task(run.stopped.wait())
     watcher = asyncio.create_task(_watch(process.pid, run, limits))
@@ -90,7 +102,7 @@ async def run(command: list[str], stdin: int, fds: list[int], report: int, limit
     ]
     try:
         await asyncio.wait({ended, stopped}, timeout=limits.wall_seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
+        if not ended.done() and not run.stopped.is_set():
             run.stop("timeout", f"no end within {limits.wall_seconds:g} s")
     finally:
         watcher.cancel()
@@ -115,7 +127,8 @@ async def _kill(pid: int) -> None:
     """
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
-        while process_tree.state(pid) not in "TtZX":
+        ends = time.monotonic() + END_SECONDS
+        while process_tree.state(pid) not in "TtZX" and time.monotonic() < ends:
             await asyncio.sleep(0.001)
         for child in process_tree.children(pid):
             os.kill(child, signal.SIGKILL)
@@ -158,6 +171,6 @@ def _conclude(run: Run, report: int) -> None:
     codes = [code for line in lines if (code := json.loads(line).get("exit-code")) is not None]
     if codes:
         run.exit_code = codes[-1]
-    elif run.over is None:
+    elif not run.stopped.is_set():
         said = run.stderr.decode(errors="replace").strip().splitlines()
         raise SetupFailed(said[-1][:300] if said else "bubblewrap ended without a word")

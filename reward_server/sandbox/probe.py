@@ -1,5 +1,6 @@
 """Does the sandbox hold on this machine? A script inside says what it could do, and one program a language runs."""
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,7 @@ echo uid=$(id -u)
 while read -r name value; do
     case $name in CapEff:|CapBnd:|NoNewPrivs:|Seccomp:) echo "$name=$value" ;; esac
 done < /proc/self/status
-while read -r name value; do
-    case $name in *:*) echo "net=${name%%:*}" ;; esac
-done < /proc/net/dev
+for name in user pid net ipc mnt uts; do echo "namespace=$(readlink /proc/self/ns/$name)"; done
 (: > /written) 2> /dev/null && echo root=writable
 (: > /usr/bin/written) 2> /dev/null && echo root=writable
 unshare --user true 2> /dev/null && echo namespaces=new
@@ -29,14 +28,13 @@ while [ $i -lt 64 ]; do
     i=$((i + 1))
 done
 """
-HELD = {"uid=65534", "CapEff:=0000000000000000", "CapBnd:=0000000000000000", "NoNewPrivs:=1", "Seccomp:=2", "net=lo"}
+HELD = {"uid=65534", "CapEff:=0000000000000000", "CapBnd:=0000000000000000", "NoNewPrivs:=1", "Seccomp:=2"}
 FAULTS = {
     "uid": "programs do not run as nobody",
     "CapEff:": "programs have capabilities",
     "CapBnd:": "programs can have capabilities",
     "NoNewPrivs:": "programs can gain privileges",
     "Seccomp:": "the system call filter is not in force",
-    "net": "programs have a network",
     "root": "programs can write outside their folder",
     "namespaces": "programs can make namespaces",
 }
@@ -53,12 +51,15 @@ async def fault(sandbox: "Bubblewrap") -> str | None:
     except SetupFailed as error:
         return str(error)
     said = done.stdout.decode(errors="replace").split("\n")
-    facts = [line for line in said if line and not line.startswith("forked=")]
+    ours = {f"namespace={os.readlink(f'/proc/self/ns/{name}')}" for name in ("user", "pid", "net", "ipc", "mnt", "uts")}
+    if shared := ours & set(said):
+        return f"programs share a namespace with the server ({', '.join(sorted(shared)).replace('namespace=', '')})"
+    facts = [line for line in said if line and not line.startswith(("forked=", "namespace="))]
     if missing := HELD - set(facts):
         return FAULTS[sorted(missing)[0].partition("=")[0]]
     if more := set(facts) - HELD:
         return FAULTS[sorted(more)[0].partition("=")[0]]
-    if len(said) - len(facts) > LIMITS.processes + 1:
+    if sum(line.startswith("forked=") for line in said) > LIMITS.processes:
         return "the number of processes is not limited (this needs Linux 5.14 or newer)"
     for language in sorted(sandbox.languages):
         program = Program.model_validate({"language": language, "source": HELLO[language]})
