@@ -1,7 +1,9 @@
 """The E2B provider with E2B's real SDK, against a small server that speaks the SDK's wire: not the real service."""
 
 import asyncio
+import json
 import time
+from base64 import b64encode
 
 import pytest
 from fastapi import FastAPI, Request, Response
@@ -24,9 +26,6 @@ def envelope(flag: int, body: bytes) -> bytes:
 
 def cloud(home) -> FastAPI:
     """Sandboxes that all live in the folder `home`; commands are run by the machine's own bash."""
-    from e2b.envd.process import process_pb
-    from protobuf import Oneof
-
     app = FastAPI()
     app.state.asked, app.state.killed, app.state.is_down = [], [], False
 
@@ -51,29 +50,28 @@ def cloud(home) -> FastAPI:
 
     @app.post("/process.Process/Start")
     async def start(request: Request) -> Response:
-        config = process_pb.StartRequest.from_binary((await request.body())[5:]).process
+        assert request.headers["content-type"] == "application/connect+json"
+        config = json.loads((await request.body())[5:])["process"]
         bash = await asyncio.create_subprocess_exec(
-            config.cmd, *config.args[1:], cwd=home, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+            config["cmd"], *config["args"][1:], cwd=home, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )
 
-        def event(kind: str, value: object) -> bytes:
-            told = process_pb.ProcessEvent(event=Oneof(kind, value))
-            return envelope(FRAME, process_pb.StartResponse(event=told).to_binary())
+        def event(**told: dict) -> bytes:
+            return envelope(FRAME, json.dumps({"event": told}).encode())
 
         async def stream():
-            yield event("start", process_pb.ProcessEvent.StartEvent(pid=bash.pid))
+            yield event(start={"pid": bash.pid})
             try:
                 stdout, stderr = await bash.communicate()
             except asyncio.CancelledError:
                 bash.kill()
                 raise
-            for name, said in (("stdout", stdout), ("stderr", stderr)):
-                yield event("data", process_pb.ProcessEvent.DataEvent(output=Oneof(name, said)))
-            ended = process_pb.ProcessEvent.EndEvent(exit_code=bash.returncode, exited=True)
-            yield event("end", ended)
+            yield event(data={"stdout": b64encode(stdout).decode()})
+            yield event(data={"stderr": b64encode(stderr).decode()})
+            yield event(end={"exitCode": bash.returncode, "exited": True})
             yield envelope(LAST, b"{}")
 
-        return StreamingResponse(stream(), media_type="application/connect+proto")
+        return StreamingResponse(stream(), media_type="application/connect+json")
 
     return app
 
@@ -106,7 +104,8 @@ async def test_programs_run_by_the_sdk(server):
     assert server.state.asked[0]["allow_internet_access"] is False and server.state.killed == ["box"]
 
 
-async def test_cpp_is_compiled_once(server):
+@pytest.mark.usefixtures("server")
+async def test_cpp_is_compiled_once():
     source = "#include <iostream>\nint main() { long x; std::cin >> x; std::cout << 2 * x; }"
     results, _ = await run(source, "1", "21", language="cpp", memory_mb=1024)
     assert [result.stdout for result in results] == ["2", "42"]
@@ -114,7 +113,8 @@ async def test_cpp_is_compiled_once(server):
     assert [result.status for result in results] == ["compile", "compile"] and "not declared" in results[0].stderr
 
 
-async def test_limits_are_reported(server):
+@pytest.mark.usefixtures("server")
+async def test_limits_are_reported():
     results, _ = await run("print('x' * 1000)", "", output_bytes=100)
     assert results[0].status == "output"
     results, _ = await run("while True: print('x' * 1000)", "", output_bytes=100)
