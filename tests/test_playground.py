@@ -185,13 +185,13 @@ def test_values_are_those_of_the_api(scorer):
     }
     (rewarded,) = scorer.post("/v1/rewards", json={"groups": [group]}).json()["groups"]
     (table,) = [table for table in page.tables if table[0][0] == "Completion"]
-    assert table[0] == ["Completion", "self_certainty", "exact_match", "Reward", "Advantage"]
+    assert table[0] == ["Completion", "Advantage", "Reward", "self_certainty", "exact_match"]
     for row, score in zip(table[1:], rewarded["scores"], strict=True):
         certainty, match = score["components"]["self_certainty"], score["components"]["exact_match"]
-        assert words(row[1]) == [f"{certainty['value']:.3f}", "ok"]
-        assert words(row[2]) == [f"{match['value']:.3f}", match["outcome"]]
-        assert float(words(row[3])[0]) == pytest.approx(score["reward"], abs=5.1e-4)
-        assert float(words(row[4])[0]) == pytest.approx(score["advantage"], abs=5.1e-4)
+        assert words(row[3]) == [f"{certainty['value']:.3f}", "ok"]
+        assert words(row[4]) == [f"{match['value']:.3f}", match["outcome"]]
+        assert float(words(row[2])[0]) == pytest.approx(score["reward"], abs=5.1e-4)
+        assert float(words(row[1])[0]) == pytest.approx(score["advantage"], abs=5.1e-4)
     assert rewarded["spec_id"] in page.text
 
 
@@ -265,8 +265,8 @@ def test_without_a_model_the_other_rewards_work(rules):
     page = send(rules, spec="exact_match", answer="4")
     assert "Tokens are not shaded: this server runs without a scorer model" in page.text and not page.tokens()
     (table,) = [table for table in page.tables if table[0][0] == "Completion"]
-    assert [words(row[1])[1] for row in table[1:]] == ["correct", "wrong"]
-    assert [words(row[3])[0] for row in table[1:]] == ["+0.707", "-0.707"]
+    assert [words(row[3])[1] for row in table[1:]] == ["correct", "wrong"]
+    assert [words(row[1])[0] for row in table[1:]] == ["+0.707", "-0.707"]
     refused = send(rules, 422, spec="intuitor")
     assert "it needs a scorer model" in refused.text and refused.named(id="spec")[0]["aria-invalid"] == "true"
 
@@ -279,8 +279,8 @@ def test_while_the_model_fails_the_rest_is_shown(scorer, monkeypatch):
     page = send(scorer, 500, answer="4")
     assert "The model could not score the items" in page.text and not page.tokens()
     (table,) = [table for table in page.tables if table[0][0] == "Completion"]
-    assert words(table[1][1])[:2] == ["–", "error"] and "the device is gone" in table[1][1]
-    assert words(table[1][2]) == ["1.000", "correct"]
+    assert words(table[1][3])[:2] == ["–", "error"] and "the device is gone" in table[1][3]
+    assert words(table[1][4]) == ["1.000", "correct"]
 
 
 def test_a_group_out_of_training_says_so(scorer):

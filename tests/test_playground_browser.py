@@ -192,6 +192,7 @@ def test_by_keyboard_alone(browser, url):
     browser.press(Keys.ARROW_RIGHT)
     assert browser.driver.switch_to.active_element == second and browser.one("#tip").text.startswith("2: ")
     assert second.value_of_css_property("outline-style") == "solid"
+    assert browser.one("#status").get_attribute("textContent") == second.get_attribute("data-tip")  # read out
     browser.press(Keys.END)
     last = browser.all("#tokens-1 .token")[-1]
     assert browser.driver.switch_to.active_element == last

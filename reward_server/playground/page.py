@@ -17,6 +17,7 @@ from reward_server.evaluate import Means
 from reward_server.playground import results, session
 from reward_server.playground.form import MOST_BYTES, MOST_COMPLETIONS, Faults, Form, FormFault, faults_of, read
 from reward_server.playground.tokens import SHADINGS, STEPS, number
+from reward_server.presets import PRESETS
 from reward_server.spec_store import DEFAULT, NamedSpec, Specs
 from reward_server.specs import SpecError, check_spec
 from services.http import HttpSettings
@@ -43,6 +44,8 @@ EXAMPLE = Form(
 )
 EXAMPLE_SPECS = (DEFAULT, "intuitor_plus_accuracy", "grpo", "exact_match")
 """The first one that the server can compute is chosen on the first visit."""
+KINDS = ("Of this server", "Presets", "One reward alone")
+"""Of specs, in the order in which they are listed."""
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(HERE / "templates"),
@@ -60,6 +63,12 @@ class Choice:
 
     named: NamedSpec
     reason: str = ""
+
+    @property
+    def kind(self) -> str:
+        if self.named.version or self.named.name == DEFAULT:
+            return KINDS[0]
+        return KINDS[1] if self.named.name in PRESETS else KINDS[2]
 
     @property
     def formula(self) -> str:
@@ -182,7 +191,7 @@ async def _choices(specs: Specs, means: Means) -> list[Choice]:
             found.append(Choice(named))
         except SpecError as error:
             found.append(Choice(named, error.reason))
-    return found
+    return sorted(found, key=lambda choice: KINDS.index(choice.kind))
 
 
 def _example(choices: list[Choice], means: Means) -> Form:

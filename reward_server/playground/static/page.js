@@ -95,7 +95,10 @@ for (const text of document.querySelectorAll(".tokens")) {
     if (token) show(token);
   });
   text.addEventListener("pointerleave", hide);
-  text.addEventListener("focusin", (event) => show(event.target));
+  text.addEventListener("focusin", (event) => {
+    show(event.target);
+    said.textContent = tip.textContent;
+  });
   text.addEventListener("focusout", hide);
   text.addEventListener("keydown", (event) => {
     const here = event.target.closest(".token");
