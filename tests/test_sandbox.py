@@ -4,7 +4,9 @@ import asyncio
 import os
 import platform
 import shutil
+import socket
 import subprocess
+import sys
 import time
 
 import httpx
@@ -593,3 +595,40 @@ async def test_a_piston_without_our_languages_does_not_start():
     with served(app) as url:
         with pytest.raises(StartupError, match="neither python nor c"):
             await Piston(url).start()
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+
+
+def rlif(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-m", "services.cli.main", *arguments], stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "sandbox", "--languages", "cobol"], b"rlif: --languages cobol: choose from python, cpp\n"),
+        (["serve", "reward", "--sandbox", "docker"], b"rlif: --sandbox docker: choose none, bubblewrap, "),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, said):
+    process = rlif(*arguments)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and stderr.startswith(said) and stderr.count(b"\n") == 1
+
+
+async def test_the_command_serves_a_sandbox_and_ends_at_sigterm():
+    await (await started(Bubblewrap(frozenset({"python"})))).stop()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = rlif("serve", "sandbox", "--languages", "python", "--concurrency", "1", "--port", str(port))
+    try:
+        remote = RemoteSandbox(f"http://127.0.0.1:{port}")
+        await remote.start()
+        assert told(await run(remote, DOUBLE["python"], "21")) == [("ok", "42")]
+        await remote.stop()
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 60) == 0
+    finally:
+        process.kill()
+        process.communicate()
