@@ -12,7 +12,7 @@ from scoring_oracle import distribution_oracle
 from reward_server.scorer import fused
 from reward_server.scorer.head import Head
 from reward_server.scorer.metrics import METRICS, PLAIN, Wanted
-from reward_server.scorer.statistics import Statistics, Tile, tiled_statistics
+from reward_server.scorer.statistics import Reference, Statistics, Tile, tiled_statistics
 
 PATHS = {"fused": True, "torch": False}
 EVERYTHING = Wanted(entropy=True, varentropy=True, top_k=20)
@@ -33,7 +33,7 @@ def statistics_of(hidden, head, chosen, *rest, wanted=EVERYTHING, **options) -> 
 def check(statistics: Statistics, logits: torch.Tensor, chosen: torch.Tensor, rtol=1e-5):
     """Within 1e-5 of the oracle, or within the rounding of the float32 logits where the true value is about 0."""
     expected = distribution_oracle(logits, chosen)
-    rounding = 3e-7 * logits.abs().max().item()
+    rounding = 5e-7 * logits.abs().max().item()
     close = {"rtol": rtol, "atol": rounding}
     raw = METRICS["self_certainty"].per_token(statistics, "verl", 20)
     torch.testing.assert_close(raw, expected["raw_certainty"], **close)
@@ -58,7 +58,7 @@ def check(statistics: Statistics, logits: torch.Tensor, chosen: torch.Tensor, rt
 @pytest.fixture(params=PATHS, ids=PATHS)
 def use_fused(request) -> bool:
     if PATHS[request.param] and not fused.available(torch.zeros(1, 32), torch.zeros(1, 32)):
-        pytest.skip("no AVX-512 or no compiler here")
+        pytest.skip("no AVX-512, AVX2 or compiler here")
     return PATHS[request.param]
 
 
@@ -135,7 +135,7 @@ def test_permuting_the_vocabulary_changes_nothing(use_fused):
     for name in NAMES:
         metric = METRICS[name]
         torch.testing.assert_close(
-            metric.per_token(mixed, "paper", 20), metric.per_token(plain, "paper", 20), rtol=1e-6, atol=1e-6, msg=name
+            metric.per_token(mixed, "paper", 20), metric.per_token(plain, "paper", 20), rtol=5e-6, atol=1e-5, msg=name
         )
 
 
@@ -219,6 +219,118 @@ def test_what_is_not_asked_for_is_left_out(use_fused):
         assert found == {"lse", "mean_logit", "top_logprobs" if field == "top_k" else field}
 
 
+# ---- the largest log-probabilities -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 200])
+def test_top_k_beyond_the_vocabulary_and_below(use_fused, k):
+    """200 of 130 entries are 130."""
+    hidden, weight, chosen = make(vocab=130)
+    wanted = Wanted(top_k=k)
+    found = tiled_statistics(hidden, Head.of(weight), chosen, 0.7, wanted=wanted, use_fused=use_fused).top_logprobs
+    logits = hidden.double() @ weight.double().T / 0.7
+    expected = torch.log_softmax(logits, -1).sort(-1, descending=True).values[:, :k]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=6e-7 * logits.abs().max().item())
+
+
+def test_ties_among_the_largest_are_all_kept(use_fused):
+    """Every logit occurs three times, far apart; and the largest of all in the last tile."""
+    hidden, weight, _ = make(vocab=700)
+    tripled = torch.cat([weight, weight, weight])
+    wanted = Wanted(top_k=12)
+    found = tiled_statistics(hidden, Head.of(tripled), wanted=wanted, use_fused=use_fused).top_logprobs
+    once = torch.log_softmax(hidden.double() @ tripled.double().T, -1)[:, :700].sort(-1, descending=True).values
+    torch.testing.assert_close(found, once[:, :4].repeat_interleave(3, 1), rtol=1e-5, atol=2e-5)
+    alike = tiled_statistics(hidden, Head.of(torch.zeros(900, 64)), wanted=wanted, use_fused=use_fused)
+    torch.testing.assert_close(alike.top_logprobs, torch.full((37, 12), -math.log(900), dtype=torch.float64))
+
+
+@given(seed=st.integers(0, 1000), k=st.integers(1, 30), temperature=st.floats(0.2, 5.0), vocab=st.integers(2, 80))
+@settings(max_examples=40, deadline=None)
+def test_order_and_bounds(seed, k, temperature, vocab):
+    """What holds for any distribution, whatever the numbers are."""
+    hidden, weight, chosen = make(9, vocab, seed=seed)
+    wanted = replace(EVERYTHING, top_k=max(2, k))
+    statistics = tiled_statistics(hidden, Head.of(weight), chosen, temperature, wanted, tile=Tile(4, 16))
+    values = {name: METRICS[name].per_token(statistics, "paper", k) for name in NAMES}
+    top = statistics.top_logprobs
+    assert (top[:, :-1] >= top[:, 1:]).all() and (top.exp().sum(1) <= 1 + 1e-6).all()
+    assert (values["mean_logprob"] <= top[:, 0] + 1e-4).all()
+    assert (values["topk_confidence"] >= math.log(min(k, vocab)) - 1e-5).all()
+    assert (values["token_entropy"] <= math.log(vocab) + 1e-5).all() and (values["token_entropy"] >= 0).all()
+    assert (values["varentropy"] >= 0).all() and (values["margin"] >= 0).all()
+    assert (values["probability_margin"] >= 0).all() and (values["probability_margin"] <= 1).all()
+    assert (-top[:, 0] <= values["token_entropy"] + 1e-5).all(), "min-entropy is the least of the entropies"
+
+
+# ---- divergence from a reference -------------------------------------------------------------------------------
+
+
+def compared(hidden, head, reference, temperature=1.0, **options) -> torch.Tensor:
+    wanted = Wanted(kl_to_reference=True)
+    return tiled_statistics(hidden, head, None, temperature, wanted, reference, **options).kl_to_reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_kl_is_the_oracles_over_two_heads(dtype, temperature):
+    """The reference may be wider, and its head may do other things to its logits."""
+    hidden, weight, chosen = make(dtype=dtype, spread=0.2)
+    other_hidden, other_weight, _ = make(width=96, dtype=dtype, seed=5, spread=0.2)
+    bias = torch.randn(1003, generator=torch.Generator().manual_seed(1))
+    other = Head.of(other_weight, bias, scale=0.5, softcap=4.0)
+    found = compared(hidden, Head.of(weight), Reference(other_hidden, other), temperature)
+    logits = hidden.double() @ weight.double().T / temperature
+    capped = 4.0 * torch.tanh((other_hidden.double() @ other_weight.double().T + bias.double()) * 0.5 / 4.0)
+    expected = distribution_oracle(logits, chosen, capped / temperature)["kl_to_reference"]
+    assert expected.min() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kl_of_far_apart_distributions():
+    hidden, weight, chosen = make(spread=30.0)
+    _, other, _ = make(seed=9, spread=30.0)
+    found = compared(hidden, Head.of(weight), Reference(hidden, Head.of(other)))
+    logits, theirs = hidden.double() @ weight.double().T, hidden.double() @ other.double().T
+    expected = distribution_oracle(logits, chosen, theirs)["kl_to_reference"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * logits.abs().max().item())
+
+
+@given(seed=st.integers(0, 500), tile=st.builds(Tile, st.integers(1, 50), st.integers(1, 400)), near=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_kl_is_0_to_itself_and_never_below(seed, tile, near):
+    hidden, weight, chosen = make(vocab=300, seed=seed, spread=0.3)
+    head = Head.of(weight)
+    assert compared(hidden, head, Reference(hidden, head), tile=tile).max() == 0
+    moved = hidden * (1.001 if near else 1.5)
+    found = compared(hidden, head, Reference(moved, head), tile=tile)
+    assert (found >= 0).all()
+    expected = distribution_oracle(hidden.double() @ weight.double().T, chosen, moved.double() @ weight.double().T)[
+        "kl_to_reference"
+    ]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_kl_comes_beside_everything_else_in_one_pass():
+    hidden, weight, chosen = make(spread=0.2)
+    other = Head.of(make(seed=5, spread=0.2)[1])
+    everything = replace(EVERYTHING, kl_to_reference=True)
+    statistics = tiled_statistics(hidden, Head.of(weight), chosen, 1.0, everything, Reference(hidden, other))
+    check(statistics, hidden.double() @ weight.double().T, chosen)
+    assert statistics.kl_to_reference.shape == (37,)
+
+
+def test_a_reference_that_does_not_fit_is_named():
+    hidden, weight, _ = make()
+    head = Head.of(weight)
+    with pytest.raises(ValueError, match="reference: kl_to_reference needs one"):
+        compared(hidden, head, None)
+    with pytest.raises(ValueError, match="reference: its vocabulary has 1000 entries, not 1003"):
+        compared(hidden, head, Reference(hidden, Head.of(weight[:1000])))
+    with pytest.raises(ValueError, match="reference: 37 rows of torch.float32 needed"):
+        compared(hidden, head, Reference(hidden.bfloat16(), head))
+
+
 def test_the_mean_row_is_that_of_float64():
     _, weight, _ = make(vocab=4001, dtype=torch.bfloat16)
     torch.testing.assert_close(Head.of(weight).mean_weight, weight.double().mean(0), rtol=1e-12, atol=1e-15)
@@ -247,7 +359,7 @@ def test_without_a_compiler_the_torch_operators_score(monkeypatch):
 
 def test_the_compiled_pass_is_cached(monkeypatch, tmp_path):
     if not fused.available(torch.zeros(1, 32), torch.zeros(1, 32)):
-        pytest.skip("no AVX-512 or no compiler here")
+        pytest.skip("no AVX-512, AVX2 or compiler here")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fused._library.cache_clear()
     try:

@@ -1,5 +1,6 @@
 // One pass of hidden states through an LM head on the CPU: a tile of logits is made by oneDNN's matrix kernels (float32
-// accumulation, also for bfloat16 operands), reduced while it lies in the L2 cache, and forgotten.
+// accumulation, also for bfloat16 operands), reduced while it lies in the L2 cache, and forgotten. Without bfloat16
+// units, bfloat16 weights are widened to float32 a tile at a time.
 //
 // Per row t, with logits z_tj = scale_t * <hidden_t, weight_j>:
 //   top_t   = max_j z_tj
@@ -19,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -54,6 +56,12 @@ struct Sums {
 
   void add(const Sums& other) {
     if (other.total == 0.0) return;  // not `<= 0`: a NaN must go on
+    if (other.top == top) {
+      total += other.total;
+      slope += other.slope;
+      square += other.square;
+      return;
+    }
     const double to = std::max(top, other.top);
     const double mine = total == 0.0 ? 0.0 : std::exp(top - to), theirs = std::exp(other.top - to);
     const double my_shift = total == 0.0 ? 0.0 : top - to, their_shift = other.top - to;
@@ -90,10 +98,13 @@ inline void pass(const float* logits, int64_t count, float scale, float shift, f
   sums = {shift, sum, weighted, squared};
 }
 
-// Adds a tile. The largest logit so far serves as the shift, which saves a pass for the tile's own maximum; a tile that
-// rises far above it, where float32 would lose digits, is done again.
+// Not more than 32 float32 additions in a row.
+constexpr int64_t kPiece = 32 * at::vec::Vectorized<float>::size();
+
+// Adds at most kPiece logits. The largest so far serves as the shift, which saves a pass for their own maximum; a piece
+// that rises far above it, where float32 would lose digits, is done again.
 template <bool kSquare>
-inline void add(Sums& sums, const float* logits, int64_t count, float scale) {
+inline void add_piece(Sums& sums, const float* logits, int64_t count, float scale) {
   float largest;
   Sums here;
   auto shift = static_cast<float>(sums.top);
@@ -107,11 +118,17 @@ inline void add(Sums& sums, const float* logits, int64_t count, float scale) {
     pass<kSquare>(logits, count, scale, shift, largest, here);
   }
   sums.add(here);
-  if (largest > 0.0f) sums.raise(static_cast<double>(shift) + largest);
+  if (largest > 0.0f) sums.raise(shift + largest);  // a float32 again, so that the next shift is exactly the top
 }
 
-// Takes the logits that belong among the k largest so far, which are kept in descending order. Few tiles hold any, so most
-// blocks cost one comparison of their maximum with the smallest that is kept.
+template <bool kSquare>
+inline void add(Sums& sums, const float* logits, int64_t count, float scale) {
+  for (int64_t first = 0; first < count; first += kPiece)
+    add_piece<kSquare>(sums, logits + first, std::min(kPiece, count - first), scale);
+}
+
+// Takes the logits that belong among the k largest so far, which are kept in descending order. Few tiles hold any, so
+// most blocks cost one comparison of their maximum with the smallest that is kept.
 inline void keep_largest(float* kept, int64_t k, const float* logits, int64_t count) {
   constexpr int64_t kBlock = 64;
   for (int64_t first = 0; first < count; first += kBlock) {
@@ -140,13 +157,39 @@ struct Job {
   int64_t k, tile, threads;
 };
 
-template <typename T, bool kSquare>
+// A tile's [count, width] weights, transposed. The unit is a 32-bit word, so that float32 makes columns, and bfloat16
+// the column pairs that dot-product units read.
+template <typename T>
+void pack(const T* weight, int64_t count, int64_t width, float* packed) {
+  const int64_t words = width * sizeof(T) / 4;
+  const auto* source = reinterpret_cast<const float*>(weight);
+  for (int64_t i = 0; i < count; i += 16)
+    for (int64_t j = 0; j < words; j += 16)
+      at::vec::transpose_mxn<float>(source + i * words + j, words, packed + j * count + i, count,
+                                    static_cast<int>(std::min<int64_t>(16, count - i)),
+                                    static_cast<int>(std::min<int64_t>(16, words - j)));
+}
+
+void pack_widened(const at::BFloat16* weight, int64_t count, int64_t width, float* packed) {
+  alignas(64) float block[16 * 16];
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t height = std::min<int64_t>(16, count - i);
+    for (int64_t j = 0; j < width; j += 16) {  // the width is a multiple of 32
+      for (int64_t row = 0; row < height; ++row)
+        for (int64_t column = 0; column < 16; ++column)
+          block[row * 16 + column] = static_cast<float>(weight[(i + row) * width + j + column]);
+      at::vec::transpose_mxn<float>(block, 16, packed + j * count + i, count, static_cast<int>(height), 16);
+    }
+  }
+}
+
+// T is what is multiplied, and the type of the hidden states; Weight what the weights are in memory.
+template <typename Weight, typename T, bool kSquare>
 void run(const Job& job) {
   constexpr int64_t kRows = 64;
   const int64_t rows = job.rows, vocab = job.vocab, width = job.width, tile = job.tile, k = job.k;
   const auto* hidden = static_cast<const T*>(job.hidden);
-  const auto* all_weights = static_cast<const T*>(job.weight);
-  const int64_t words = width * sizeof(T) / 4;
+  const auto* weight = static_cast<const Weight*>(job.weight);
   const int64_t tiles = (vocab + tile - 1) / tile;
   std::vector<std::vector<Sums>> parts(job.threads);
   std::vector<std::vector<float>> kept(job.threads);
@@ -154,18 +197,15 @@ void run(const Job& job) {
   {
     std::vector<Sums> sums(rows);
     std::vector<float> largest(rows * k, -std::numeric_limits<float>::infinity());
-    auto* packed = static_cast<float*>(std::aligned_alloc(64, tile * words * 4));
+    auto* packed = static_cast<float*>(std::aligned_alloc(64, tile * width * sizeof(T)));
     auto* logits = static_cast<float*>(std::aligned_alloc(64, tile * kRows * 4));
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < tiles; ++index) {
       const int64_t first = index * tile, count = std::min(tile, vocab - first);
-      // Transposing 32-bit words gives float32 columns, or the column pairs of bfloat16 that dot-product units read.
-      const auto* source = reinterpret_cast<const float*>(all_weights + first * width);
-      for (int64_t i = 0; i < count; i += 16)
-        for (int64_t j = 0; j < words; j += 16)
-          at::vec::transpose_mxn<float>(source + i * words + j, words, packed + j * count + i, count,
-                                        static_cast<int>(std::min<int64_t>(16, count - i)),
-                                        static_cast<int>(std::min<int64_t>(16, words - j)));
+      if constexpr (std::is_same_v<Weight, T>)
+        pack(weight + first * width, count, width, packed);
+      else
+        pack_widened(weight + first * width, count, width, packed);
       for (int64_t start = 0; start < rows; start += kRows) {
         const int64_t height = std::min(kRows, rows - start);
         at::native::cpublas::brgemm(height, count, width, width, count, count, false, hidden + start * width,
@@ -197,15 +237,17 @@ void run(const Job& job) {
   }
 }
 
-template <typename T>
+template <typename Weight, typename T>
 void run(const Job& job) {
-  job.square ? run<T, true>(job) : run<T, false>(job);
+  job.square ? run<Weight, T, true>(job) : run<Weight, T, false>(job);
 }
 
 }  // namespace
 
 extern "C" int rlif_supports_bfloat16() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
-extern "C" void rlif_head_bfloat16(const Job* job) { run<at::BFloat16>(*job); }
+extern "C" void rlif_head_bfloat16(const Job* job) { run<at::BFloat16, at::BFloat16>(*job); }
 
-extern "C" void rlif_head_float32(const Job* job) { run<float>(*job); }
+extern "C" void rlif_head_widened(const Job* job) { run<at::BFloat16, float>(*job); }
+
+extern "C" void rlif_head_float32(const Job* job) { run<float, float>(*job); }

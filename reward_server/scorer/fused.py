@@ -1,7 +1,7 @@
 """The fused CPU pass of `fused.cpp`: compiled once a machine with g++, cached, called through ctypes.
 
-It needs AVX-512 and a compiler. Without either, `available` is false and the torch operators of `sums` do the same
-work, slower (about 3x for bfloat16, 1.1x for float32). ctypes lets go of the GIL, so servers stay responsive meanwhile.
+It needs AVX-512 or AVX2, and a compiler. Without either, `available` is false and the torch operators of `sums` do the
+same work, slower. ctypes lets go of the GIL, so servers stay responsive meanwhile.
 """
 
 import ctypes
@@ -23,21 +23,24 @@ from reward_server.scorer.sums import Sums
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("fused.cpp")
-FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-fopenmp", "-fPIC", "-shared"]
-DEFINES = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared"]
+BUILDS = {
+    "AVX512": ["-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"],
+    "AVX2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
+}
+"""Further flags, by what PyTorch calls the processor."""
 COMPILE_SECONDS = 300
 TILE_BYTES = 512 * 1024
 """Size of a transposed weight tile: with its logits it should lie in one core's L2 cache (1 to 2 MB)."""
 
 
 def available(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `sums` can take these: CPU tensors of one dtype, width a multiple of 32; AVX-512, a compiler."""
+    """Whether `sums` can take these: CPU tensors of one dtype, width a multiple of 32; the processor, a compiler."""
     if hidden.device.type != "cpu" or hidden.dtype != weight.dtype or weight.shape[1] % 32:
         return False
     if not weight.is_contiguous() or hidden.dtype not in (torch.float32, torch.bfloat16):
         return False
-    library = _library()
-    return library is not None and (hidden.dtype == torch.float32 or bool(library.rlif_supports_bfloat16()))
+    return _library() is not None
 
 
 class _Job(ctypes.Structure):
@@ -59,6 +62,11 @@ def sums(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, wanted
     library = _library()
     assert library is not None
     rows, width = hidden.shape
+    run = library.rlif_head_float32
+    if weight.dtype == torch.bfloat16:
+        has_units = bool(library.rlif_supports_bfloat16())
+        run = library.rlif_head_bfloat16 if has_units else library.rlif_head_widened
+        hidden = hidden if has_units else hidden.float()
     hidden, scale = hidden.contiguous(), scale.contiguous()
     top, total, slope, square = (torch.empty(rows, dtype=torch.float64) for _ in range(4))
     largest = torch.empty(rows, min(wanted.top_k, weight.shape[0]), dtype=torch.float32)
@@ -75,10 +83,9 @@ def sums(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, wanted
         square=square.data_ptr() if wanted.varentropy else None,
         largest=largest.data_ptr(),
         k=largest.shape[1],
-        tile=min(512, max(128, TILE_BYTES // (width * weight.element_size()) // 16 * 16)),
+        tile=min(512, max(128, TILE_BYTES // (width * hidden.element_size()) // 16 * 16)),
         threads=torch.get_num_threads(),
     )
-    run = library.rlif_head_bfloat16 if hidden.dtype == torch.bfloat16 else library.rlif_head_float32
     run(ctypes.byref(job))
     return Sums(
         top,
@@ -92,14 +99,15 @@ def sums(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, wanted
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        log.info("fused LM head: off, this processor has no AVX-512")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in BUILDS:
+        log.info("fused LM head: off, this processor has neither AVX-512 nor AVX2")
         return None
     if compiler is None:
         log.warning("fused LM head: off, no g++ on PATH; scoring works but is slower")
         return None
     torch_folder = Path(torch.__file__).parent
-    command = [compiler, *FLAGS, *DEFINES, f"-I{torch_folder / 'include'}", str(SOURCE)]
+    command = [compiler, *FLAGS, *BUILDS[capability], f"-I{torch_folder / 'include'}", str(SOURCE)]
     link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     identity = "\0".join([torch.__version__, _processor(), *command, *link]).encode() + SOURCE.read_bytes()
     library = _cache_folder() / f"fused-{hashlib.sha256(identity).hexdigest()[:16]}.so"
