@@ -9,6 +9,7 @@ import torch
 from scoring_oracle import model_oracle, one_number
 from tiny import make_tiny_model
 
+from reward_server.scorer import transformers as transformers_scorer
 from reward_server.scorer.items import TokenItem
 from reward_server.scorer.metrics import METRICS
 from reward_server.scorer.transformers import TransformersScorer
@@ -151,6 +152,8 @@ def test_bfloat16_scores_are_not_on_a_coarse_grid(folder, scorer):
         (TokenItem([-1], [5]), "prompt_token_ids: -1 is not"),
         (TokenItem([5], [6], ("certainty",)), r"metrics: unknown \['certainty'\]; known: self_certainty"),
         (TokenItem([5], [6], ()), "metrics"),
+        (TokenItem([5], [6], ("kl_to_reference",)), "metrics: kl_to_reference needs a reference model, and the scorer"),
+        (TokenItem([5], [6], top_k=0), r"top_k: must be 1 to 256 \(got 0\)"),
         (TokenItem([5], [6], preset="trl"), "preset: 'trl' is not one of paper, open_r1, verl"),
         (TokenItem([5], [6], temperature=0), "temperature: must be positive"),
         (TokenItem([5] * 1000, [6] * 25), "1025 tokens, more than the model's 1024 positions"),
@@ -288,6 +291,114 @@ def test_a_folder_that_does_not_fit_is_refused_and_the_old_weights_stay(versions
         scorer.load(Version(lineage=0, version=1), tmp_path)
     assert scorer.version == Version(lineage=0, version=0)
     assert scorer.score(items)[0].scores == before
+
+
+# ---- what items share ------------------------------------------------------------------------------------------
+
+
+def count_rows(scorer, monkeypatch) -> dict[str, list[int]]:
+    """Sequences of every forward, and rows of every pass through the head, from now on."""
+    counted: dict[str, list[int]] = {"sequences": [], "rows": []}
+    hidden, passes = scorer.causal.hidden, transformers_scorer.tiled_statistics
+
+    def forward(ids):
+        counted["sequences"].append(len(ids))
+        return hidden(ids)
+
+    def through_the_head(rows, *rest):
+        counted["rows"].append(len(rows))
+        return passes(rows, *rest)
+
+    monkeypatch.setattr(scorer.causal, "hidden", forward)
+    monkeypatch.setattr(transformers_scorer, "tiled_statistics", through_the_head)
+    return counted
+
+
+def test_items_of_one_sequence_share_its_forward_and_equal_rows(scorer, oracle, monkeypatch):
+    prompt, completion, other = tokens(5, 1), tokens(9, 2), tokens(4, 3)
+    items = [
+        TokenItem(prompt, completion, ("self_certainty", "margin")),
+        TokenItem(prompt, completion, ("topk_confidence",), top_k=5),
+        TokenItem(prompt, completion, ("token_entropy",), temperature=0.5),
+        TokenItem(prompt, other, ALL),
+        TokenItem(prompt, completion, ALL, preset="open_r1"),
+    ]
+    counted = count_rows(scorer, monkeypatch)
+    results = scorer.score(items)
+    assert counted["sequences"] == [2]
+    assert counted["rows"] == [9 + 9 + 9 + 4], (
+        "temperature 1, temperature 0.5, the tokens' own rows; the other sequence"
+    )
+    for item, result in zip(items, results, strict=True):
+        expected = model_oracle(oracle, prompt, item.completion_ids, item.temperature, item.preset, k=item.top_k)
+        compare(result, expected, len(item.completion_ids))
+
+
+# ---- a reference model -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(versions, tmp_path_factory):
+    """A scorer with a wider reference model, the float64 models of both, and the scorer's next version."""
+    from transformers import AutoModelForCausalLM
+
+    wide = make_tiny_model(tmp_path_factory.mktemp("wide"), seed=7, hidden=96, tied=False, scale=5.0)
+    scorer = TransformersScorer(str(versions[0]), "float32", "cpu", reference_model=str(wide))
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval() for path in (*versions[:2], wide)]
+    return scorer, models, versions[1]
+
+
+def test_kl_to_the_reference_model_follows_the_scorer_and_not_the_reference(pair):
+    scorer, (own, following, reference), version = pair
+    prompt, completion = tokens(5, 1), [*tokens(12, 2), EOS]
+    items = [
+        TokenItem(prompt, completion, tuple(METRICS), 0.7),
+        TokenItem(prompt, [*completion, 9, 9], ("kl_to_reference",)),
+        TokenItem(prompt, completion, ("self_certainty",)),
+    ]
+    assert scorer.has_reference
+    for model in (own, following):
+        warm, plain, alone = scorer.score(items)
+        compare(warm, model_oracle(model, prompt, completion, 0.7, reference=reference), 13)
+        compare(plain, model_oracle(model, prompt, completion, reference=reference), 13)
+        assert alone.scores.keys() == {"self_certainty"}
+        assert plain.scores["kl_to_reference"] > 0.05
+        scorer.load(Version(lineage=0, version=1), version)
+
+
+def test_a_model_is_at_no_distance_from_itself(folder):
+    scorer = TransformersScorer(str(folder), "float32", "cpu", reference_model=str(folder))
+    (result,) = scorer.score([TokenItem(tokens(5, 1), tokens(30, 2), ("kl_to_reference",))])
+    assert result.per_token["kl_to_reference"].tolist() == [0.0] * 30
+
+
+def test_only_items_that_ask_run_the_reference_model(pair, monkeypatch):
+    scorer, _, _ = pair
+    calls = []
+    forward = scorer.reference.hidden
+    monkeypatch.setattr(scorer.reference, "hidden", lambda ids: calls.append(len(ids)) or forward(ids))
+    scorer.score([TokenItem(tokens(5, 1), tokens(4, 2)), TokenItem(tokens(5, 1), tokens(6, 3))])
+    assert calls == []
+    scorer.score([TokenItem(tokens(5, 1), tokens(4, 2)), TokenItem(tokens(5, 1), tokens(6, 3), ("kl_to_reference",))])
+    assert calls == [1]
+
+
+def test_a_reference_model_of_another_vocabulary_is_refused(folder, tmp_path):
+    bigger = make_tiny_model(tmp_path / "bigger", vocab_size=320)
+    with pytest.raises(ValueError, match="its vocabulary has 320 entries, the scorer's 288"):
+        TransformersScorer(str(folder), "float32", "cpu", reference_model=str(bigger))
+    swapped = make_tiny_model(tmp_path / "swapped")
+    file = swapped / "tokenizer.json"
+    vocabulary = json.loads(file.read_text())
+    ids = vocabulary["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    file.write_text(json.dumps(vocabulary))
+    with pytest.raises(
+        ValueError, match=r"reference model .*swapped: its tokenizer has '[ab]' as id \d+, the scorer's"
+    ):
+        TransformersScorer(str(folder), "float32", "cpu", reference_model=str(swapped))
+    with pytest.raises(ValueError, match="the reference model .*nowhere"):
+        TransformersScorer(str(folder), "float32", "cpu", reference_model=str(tmp_path / "nowhere"))
 
 
 def test_every_eos_that_the_model_names_ends_a_completion(folder, tmp_path):

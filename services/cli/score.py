@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from reward_server.scorer.metrics import METRICS
+from reward_server.scorer.metrics import METRICS, TOP_K
 from services import logs
 from services.api import ScoreItem, ScoreResponse
 from services.http import StartupError
@@ -29,13 +29,16 @@ FIELDS = tuple(ScoreItem.model_fields)
 
 
 @contextmanager
-def _reward_url(url: str | None, model: str | None, dtype: str, device: str) -> Iterator[str]:
+def _reward_url(
+    url: str | None, model: str | None, reference_model: str | None, dtype: str, device: str
+) -> Iterator[str]:
     if url:
         yield url
         return
     from services.cli.child import serving
 
-    options = ("--model", str(model), "--dtype", dtype, "--device", device)
+    options = ["--model", str(model), "--dtype", dtype, "--device", device]
+    options += [] if reference_model is None else ["--reference-model", reference_model]
     with ExitStack() as stack:
         with Console(stderr=True).status(f"loading {model}"):
             own = stack.enter_context(serving("reward", *options, deadline_seconds=LOADING_SECONDS))
@@ -124,6 +127,11 @@ def score(
     metric: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METRICS)}; may be given several times.")] = None,
     preset: Annotated[str, typer.Option(help="Self-certainty as in: paper, open_r1, verl.")] = "paper",
     temperature: Annotated[float, typer.Option(help="Divides the logits.", min=1e-3, max=100)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Likeliest tokens that topk_confidence is of.", min=1, max=256)] = TOP_K,
+    last: Annotated[int | None, typer.Option(help="Score only the last so many tokens.", min=1)] = None,
+    reference_model: Annotated[
+        str | None, typer.Option(help="Frozen model, for kl_to_reference (with --model).")
+    ] = None,
     per_token: Annotated[bool, typer.Option("--per-token", help="Values of each token, too.")] = False,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (with --model).")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda (with --model).")] = "auto",
@@ -133,6 +141,8 @@ def score(
     logs.configure("WARNING")
     if (model is None) == (url is None):
         raise StartupError("give exactly one of --model and --url")
+    if reference_model is not None and model is None:
+        raise StartupError(f"--reference-model {reference_model}: a running server has its own; it goes with --model")
     inline = prompt is not None and bool(completion)
     if inline == (file is not None and out is not None) or (file is None) != (out is None):
         raise StartupError("give either --prompt with --completion, or --file with --out")
@@ -150,9 +160,11 @@ def score(
         "metrics": metric or ["self_certainty"],
         "preset": preset,
         "temperature": temperature,
+        "top_k": top_k,
+        "last": last,
         "per_token": per_token,
     }
-    with _reward_url(url, model, dtype, device) as address, _client(address) as client:
+    with _reward_url(url, model, reference_model, dtype, device) as address, _client(address) as client:
         try:
             if file is not None and out is not None:
                 _score_file(client, file, out, options, console)
