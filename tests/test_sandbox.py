@@ -3,11 +3,14 @@
 import asyncio
 import os
 import platform
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -168,6 +171,20 @@ def test_the_numbers_are_those_of_the_headers():
     known |= {"clone": seccomp.CLONE[platform.machine()], "socket": seccomp.SOCKET[platform.machine()]}
     read = dict(line.split() for line in found.stdout.splitlines() if len(line.split()) == 2)
     assert {name: int(number) for name, number in read.items() if name in known} == known
+
+
+GENERIC = Path("/usr/include/asm-generic/unistd.h")
+
+
+@pytest.mark.skipif(not GENERIC.exists(), reason="the numbers are compared with the kernel's headers")
+def test_the_numbers_of_aarch64_are_those_of_the_generic_table():
+    table = {name: int(number) for name, number in re.findall(r"__NR(?:3264)?_(\w+)\s+(\d+)\n", GENERIC.read_text())}
+    known = {name: numbers[1] for name, numbers in seccomp.REFUSED.items()}
+    known |= {"clone": seccomp.CLONE["aarch64"], "socket": seccomp.SOCKET["aarch64"]}
+    for name, number in known.items():
+        assert table.get(name) == number, name
+    newer = {name: number for name, number in table.items() if name in seccomp.NEWER_ALLOWED}
+    assert newer and newer == {name: seccomp.NEWER_ALLOWED[name] for name in newer}
 
 
 # ---- running programs ------------------------------------------------------------------------------------------
@@ -628,7 +645,7 @@ async def test_the_command_serves_a_sandbox_and_ends_at_sigterm():
         assert told(await run(remote, DOUBLE["python"], "21")) == [("ok", "42")]
         await remote.stop()
         process.terminate()
-        assert await asyncio.to_thread(process.wait, 60) == 0
+        assert await asyncio.to_thread(process.wait, 60) == -signal.SIGTERM
     finally:
         process.kill()
         process.communicate()

@@ -28,6 +28,8 @@ STACK_MB = 64
 OPEN_FILES = 64
 BINARY_BYTES = 2**25
 TOOLS: dict[Language, str] = {"python": "python3", "cpp": "g++"}
+PROGRAMS = {"bwrap": "bubblewrap", "prlimit": "util-linux", "setpriv": "util-linux"}
+"""What it takes itself, and the packages that bring them."""
 SOURCE, BINARY = {"python": "/program/main.py", "cpp": "/program/main.cpp"}, "/program/main"
 COMPILE = f"g++ -O2 -std=gnu++17 -pipe -o /tmp/main {SOURCE['cpp']} >&2 && cat /tmp/main"
 RUN: dict[Language, list[str]] = {"python": ["python3", "-I", "-B", SOURCE["python"]], "cpp": [BINARY]}
@@ -57,7 +59,7 @@ class Bubblewrap(Sandbox):
                 raise StartupError(f"the sandbox needs {tool} for {language}, and there is none in {PATH}")
         if not self.languages:
             raise StartupError(f"the sandbox finds neither python3 nor g++ in {PATH}")
-        for name, package in (("bwrap", "bubblewrap"), ("prlimit", "util-linux"), ("setpriv", "util-linux")):
+        for name, package in PROGRAMS.items():
             if shutil.which(name, path=PATH) is None:
                 raise StartupError(f"the sandbox needs the program {name} (package {package}): there is none in {PATH}")
         try:
@@ -167,7 +169,7 @@ class Bubblewrap(Sandbox):
         self, command: list[str], limits: Limits, data: dict[str, int], rules: int, status: int
     ) -> list[str]:
         # No limit on the number of processes binds root, not even root's processes in a user namespace.
-        user = ["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"] if os.geteuid() == 0 else []
+        drop = [_found("setpriv"), "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"]
         isolation = ["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
         identity = ["--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox", "--clearenv"]
         variables = [word for name, value in ENVIRONMENT.items() for word in ("--setenv", name, value)]
@@ -175,11 +177,15 @@ class Bubblewrap(Sandbox):
         folder = ["--size", str(limits.disk_mb * 2**20), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"]
         handles = ["--seccomp", str(rules), "--json-status-fd", str(status)]
         return [
-            *user,
-            *("bwrap", *isolation, *identity, *variables, *self._system, *bound, *folder),
+            *(drop if os.geteuid() == 0 else []),
+            *(_found("bwrap"), *isolation, *identity, *variables, *self._system, *bound, *folder),
             *("--remount-ro", "/", *handles, "--"),
             *("prlimit", *_rlimits(limits), "--", *command),
         ]
+
+
+def _found(program: str) -> str:
+    return shutil.which(program, path=PATH) or program
 
 
 def _system(tools: list[str]) -> list[str]:
