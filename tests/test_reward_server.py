@@ -12,6 +12,7 @@ from served import served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward_server.app import Settings, create
+from reward_server.rewards import REWARDS
 from services.api import CompletionText, RewardGroup
 from services.clients import Refused, RewardClient
 from services.contract import Outcome, Reference, Task, Version
@@ -127,9 +128,7 @@ async def test_a_good_request_beside_a_hostile_one_is_answered_first(rules):
 
 def test_listing(rules, scorer):
     listed = {item["name"]: item for item in rules.get("/v1/rewards").json()["rewards"]}
-    assert set(listed) == {
-        "self_certainty", "math_verify", "exact_match", "format", "repetition", "length", "random"
-    }  # fmt: skip
+    assert list(listed) == list(REWARDS)
     assert listed["self_certainty"]["available"] is False and "model" in listed["self_certainty"]["unavailable_because"]
     assert listed["math_verify"]["available"] and listed["math_verify"]["needs"] == ["reference.answer", "math-verify"]
     assert listed["math_verify"]["range"] == [0.0, 1.0]
@@ -322,7 +321,7 @@ def test_score_is_the_oracle(scorer, oracle_model, tiny_model):
         wanted = model_oracle(oracle_model, prompt, completion)
         assert result["n_tokens"] == len(completion) == len(result["tokens"])
         assert result["scores"]["self_certainty"] == pytest.approx(wanted["self_certainty"].mean().item(), rel=1e-4)
-        assert result["scores"]["mean_logprob"] == pytest.approx(wanted["logprob"].mean().item(), rel=1e-4)
+        assert result["scores"]["mean_logprob"] == pytest.approx(wanted["mean_logprob"].mean().item(), rel=1e-4)
         assert result["per_token"]["token_entropy"] == pytest.approx(
             wanted["token_entropy"].tolist(), rel=1e-3, abs=1e-5
         )
@@ -407,7 +406,7 @@ async def test_the_client_speaks_to_the_server(scorer):
         answer = await client.rewards([asked], spec="grpo")
         assert answer.groups[0].scores[0].components["math_verify"].outcome == Outcome.correct
         spec = RewardSpec(rewards=[RewardTerm(name="random")])
-        assert (await client.put_spec("of-client", spec))["spec_id"] == spec.spec_id
+        assert (await client.put_spec("of-client", spec)).spec_id == spec.spec_id
         await client.delete_spec("of-client")
         with pytest.raises(Refused) as refusal:
             await client.rewards([asked], spec="of-client")
@@ -462,7 +461,11 @@ def test_openrlhf_lists(rules):
     assert answer.json() == {
         "rewards": [1.0, 0.0, 1.0],
         "scores": [1.0, 0.0, 1.0],
-        "extra_logs": {"math_verify": [1.0, 0.0, 1.0], "valid": [1.0, 1.0, 1.0]},
+        "extra_logs": {
+            "math_verify": [1.0, 0.0, 1.0],
+            "math_verify/present": [1.0, 1.0, 1.0],
+            "valid": [1.0, 1.0, 1.0],
+        },
     }
     assert fields(rules.post("/get_reward", json={**body, "labels": ["4"]})) == ["body"]
     broken = {**body, "prompts": ["2+2?", "another", "1+1?"]}
