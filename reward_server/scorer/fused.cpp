@@ -186,7 +186,8 @@ void pack_widened(const at::BFloat16* weight, int64_t count, int64_t width, floa
 // T is what is multiplied, and the type of the hidden states; Weight what the weights are in memory.
 template <typename Weight, typename T, bool kSquare>
 void run(const Job& job) {
-  constexpr int64_t kRows = 64;
+  // Without oneDNN's AVX-512 kernels each product packs its operands again, which more rows pay for (measured).
+  constexpr int64_t kRows = at::vec::Vectorized<float>::size() >= 16 ? 64 : 256;
   const int64_t rows = job.rows, vocab = job.vocab, width = job.width, tile = job.tile, k = job.k;
   const auto* hidden = static_cast<const T*>(job.hidden);
   const auto* weight = static_cast<const Weight*>(job.weight);

@@ -30,8 +30,8 @@ BUILDS = {
 }
 """Further flags, by what PyTorch calls the processor."""
 COMPILE_SECONDS = 300
-TILE_BYTES = 512 * 1024
-"""Size of a transposed weight tile: with its logits it should lie in one core's L2 cache (1 to 2 MB)."""
+TILE_BYTES = {"AVX512": 512 * 1024, "AVX2": 256 * 1024}
+"""Size of a transposed weight tile: with its logits it should lie in one core's L2 cache (1 to 2 MB; 0.5 MB)."""
 
 
 def available(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -59,7 +59,7 @@ def sums(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, wanted
 
     hidden [T, H], weight [V, H]; scale float32 [T], positive.
     """
-    library = _library()
+    library, capability = _library(), torch.backends.cpu.get_cpu_capability()
     assert library is not None
     rows, width = hidden.shape
     run = library.rlif_head_float32
@@ -83,7 +83,7 @@ def sums(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, wanted
         square=square.data_ptr() if wanted.varentropy else None,
         largest=largest.data_ptr(),
         k=largest.shape[1],
-        tile=min(512, max(128, TILE_BYTES // (width * hidden.element_size()) // 16 * 16)),
+        tile=min(512, max(128, TILE_BYTES[capability] // (width * hidden.element_size()) // 16 * 16)),
         threads=torch.get_num_threads(),
     )
     run(ctypes.byref(job))
