@@ -1,7 +1,7 @@
 """One vocabulary, cut into shards of LM head rows: what each rank summed over its own makes one distribution's sums.
 
-Every rank sends a few numbers a row, never its logits. Rows that only pad the vocabulary belong to no shard; a shard
-may be empty.
+Every rank sends a few numbers a row, never its logits. Rows that only pad the vocabulary belong to no shard, and no
+shard is empty.
 """
 
 from collections.abc import Callable
@@ -35,12 +35,9 @@ class Shards:
         return merged, total_logit / self.vocab_size, None if chosen_logit is None else chosen
 
 
-def table_of(
-    sums: Sums, total_logit: torch.Tensor, chosen_logit: torch.Tensor | None, top_k: int
-) -> torch.Tensor:
+def table_of(sums: Sums, total_logit: torch.Tensor, chosen_logit: torch.Tensor | None, top_k: int) -> torch.Tensor:
     """float64 [T, 6 + top_k]: what one shard tells the others. What it has not is 0, or a logit of -inf."""
     nothing = torch.zeros_like(sums.top)
-    total_logit = nothing if total_logit.isnan().all() else total_logit  # the mean over an empty shard
     columns = [sums.top, sums.total, sums.slope, sums.square, total_logit, chosen_logit]
     table = torch.stack([nothing if column is None else column for column in columns], 1)
     if not top_k:
@@ -51,14 +48,12 @@ def table_of(
     return torch.cat([table, largest], 1)
 
 
-def merge_tables(
-    tables: torch.Tensor, like: Sums, top_k: int
-) -> tuple[Sums, torch.Tensor, torch.Tensor]:
+def merge_tables(tables: torch.Tensor, like: Sums, top_k: int) -> tuple[Sums, torch.Tensor, torch.Tensor]:
     """(sums, sum of the logits, chosen logit) of `tables` [shards, T, C]; fields that `like` lacks are none."""
     tops, totals, slopes, squares, total_logits, chosen = tables[..., :6].unbind(-1)
     top = tops.amax(0)
-    shifts = torch.where(totals > 0, tops - top, 0.0)
-    factors = torch.where(totals > 0, shifts.exp(), 0.0)
+    shifts = tops - top
+    factors = shifts.exp()
     slope = (factors * (slopes + totals * shifts)).sum(0)
     square = (factors * moved_square(totals, slopes, squares, shifts)).sum(0)
     largest = tables[..., 6:].movedim(0, 1).flatten(1)

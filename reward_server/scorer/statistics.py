@@ -14,6 +14,7 @@ import torch
 from reward_server.scorer import fused
 from reward_server.scorer.head import Head
 from reward_server.scorer.metrics import PLAIN, Wanted
+from reward_server.scorer.shards import Shards
 from reward_server.scorer.sums import Sums
 
 DOT_ROWS = 1024
@@ -83,13 +84,15 @@ def tiled_statistics(
     reference: Reference | None = None,
     tile: Tile | None = None,
     use_fused: bool | None = None,
+    shards: Shards | None = None,
 ) -> Statistics:
     """Statistics of the next-token distributions that `hidden` gives through `head`.
 
     hidden [T, H] in the head's dtype; chosen int64 [T]; temperature: one number or float [T], divides the logits (the
     reference's, too). `wanted.kl_to_reference` needs `reference`. `use_fused`: none picks the fused CPU pass where it
     can run (not with a reference), false never does, true insists (ValueError when it cannot). `tile` sizes the torch
-    operators. Memory beyond the result: one tile, and O(T).
+    operators. `shards`: `head` holds a part of the vocabulary, and the others theirs (not with a reference). Memory
+    beyond the result: one tile, and O(T).
     """
     if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise ValueError(f"hidden: [T, {head.weight.shape[1]}] needed, got {list(hidden.shape)}")
@@ -111,18 +114,21 @@ def tiled_statistics(
         sums, mean_logit, kl = _torch_sums(hidden, head, temperatures, wanted, reference, tile)
     if mean_logit is None:
         mean_logit = head.scale * (_dots(hidden, head.mean_weight) + head.mean_bias) / temperatures
+    chosen_logit = None if chosen is None else _chosen_logits(hidden, head, chosen, shards) / temperatures
+    if shards is not None:
+        sums, mean_logit, chosen_logit = shards.merge(sums, mean_logit, head.vocab_size, chosen_logit, wanted.top_k)
     lse = sums.lse
     entropy = varentropy = chosen_logprob = None
     if wanted.entropy and sums.slope is not None:
         entropy = (sums.total.log() - sums.slope / sums.total).clamp(min=0)
     if sums.square is not None and sums.slope is not None:
         varentropy = (sums.square / sums.total - (sums.slope / sums.total).square()).clamp(min=0)
-    if chosen is not None:
-        chosen_logprob = (_chosen_logits(hidden, head, chosen) / temperatures - lse).clamp(max=0)
+    if chosen_logit is not None:
+        chosen_logprob = (chosen_logit - lse).clamp(max=0)
     return Statistics(
         lse=lse,
         mean_logit=mean_logit,
-        vocab_size=head.vocab_size,
+        vocab_size=head.vocab_size if shards is None else shards.vocab_size,
         entropy=entropy,
         varentropy=varentropy,
         chosen_logprob=chosen_logprob,
@@ -218,8 +224,12 @@ def _dots(hidden: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.double() @ vector for part in hidden.split(DOT_ROWS)])
 
 
-def _chosen_logits(hidden: torch.Tensor, head: Head, chosen: torch.Tensor) -> torch.Tensor:
-    """float64 [T]: each row's logit of its own chosen token, before the temperature."""
+def _chosen_logits(hidden: torch.Tensor, head: Head, chosen: torch.Tensor, shards: Shards | None) -> torch.Tensor:
+    """float64 [T]: each row's logit of its own chosen token, before the temperature; 0 where another shard has it."""
+    if shards is not None:
+        local = chosen - shards.first
+        is_here = (local >= 0) & (local < head.vocab_size)
+        return _chosen_logits(hidden, head, local.clamp(0, head.vocab_size - 1), None) * is_here
     parts = zip(hidden.split(DOT_ROWS), chosen.split(DOT_ROWS), strict=True)
     logits = torch.cat([torch.linalg.vecdot(rows.double(), head.weight[ids].double()) for rows, ids in parts])
     if head.bias is not None:

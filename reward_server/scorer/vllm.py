@@ -205,24 +205,24 @@ def _arguments(settings: VllmSettings, is_cpu: bool) -> AsyncEngineArgs:
             f"--model {settings.served_name}: its architecture is {architecture}; --engine vllm scores "
             f"{', '.join(ARCHITECTURES)}; use --engine transformers"
         )
+    options: dict[str, Any] = {
+        "model": str(settings.model),
+        "runner": "pooling",
+        "hf_overrides": {"architectures": [scorer_of(architecture)]},
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_batched_tokens": settings.max_batch_tokens,
+        "max_num_seqs": min(settings.max_batch_sequences, settings.max_batch_tokens),
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "trust_remote_code": settings.trust_remote_code,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": True,
+        "scheduler_cls": "reward_server.scorer.vllm_scheduler.ScorerScheduler",
+        "worker_extension_cls": "reward_server.scorer.vllm_model.WorkerExtension",
+        "seed": 0,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+    }
     cpu_only = {"enforce_eager": True, "block_size": CPU_BLOCK}
     gpu_only = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-    return AsyncEngineArgs(
-        model=str(settings.model),
-        runner="pooling",
-        hf_overrides={"architectures": [scorer_of(architecture)]},
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        max_num_batched_tokens=settings.max_batch_tokens,
-        max_num_seqs=min(settings.max_batch_sequences, settings.max_batch_tokens),
-        tensor_parallel_size=settings.tensor_parallel_size,
-        trust_remote_code=settings.trust_remote_code,
-        enable_chunked_prefill=True,
-        enable_prefix_caching=True,
-        scheduler_cls="reward_server.scorer.vllm_scheduler.ScorerScheduler",
-        worker_extension_cls="reward_server.scorer.vllm_model.WorkerExtension",
-        seed=0,
-        use_tqdm_on_load=False,
-        disable_log_stats=True,
-        **(cpu_only if is_cpu else gpu_only),
-    )
+    return AsyncEngineArgs(**options, **(cpu_only if is_cpu else gpu_only))
