@@ -25,9 +25,9 @@ Need = Literal[
 Result = TypeVar("Result")
 
 UNAVAILABLE: dict[Need, str] = {
-    "scorer": "it needs a scorer model, and the server was started without one",
-    "reference_model": "it needs a reference model, and the server was started without one (--reference-model)",
-    "sandbox": "it needs a sandbox for untrusted code, and the server was started without one (--sandbox)",
+    "scorer": "it needs a scorer model, and the server was started without one (--model)",
+    "reference_model": "it needs a reference model; the server has none (--reference-model; scorer.reference_model)",
+    "sandbox": "it needs a sandbox for untrusted code, and the server has none (--sandbox; scorer.sandbox)",
 }
 PACKAGES: dict[Need, tuple[str, str]] = {
     "math-verify": ("math_verify", "verify"),

@@ -70,6 +70,8 @@ def test_recipe_check(tmp_path):
         (["recipe", "check", DEMO, "trainer.lr=1"], "trainer.lr: unknown key"),
         (["recipe", "check", DEMO, "rewards=[{name: nonsense}]"], "nonsense"),
         (["recipe", "check", DEMO, "rewards=[{name: exact_match, params: {wrong: 1}}]"], "wrong"),
+        (["recipe", "check", DEMO, "rewards=[{name: code_tests}]"], "scorer.sandbox"),
+        (["recipe", "check", DEMO, "rewards=[{name: kl_to_reference}]"], "scorer.reference_model"),
         (["recipe", "check", DEMO, "data.path=absent.jsonl"], "data.path"),
         (["recipe", "check", DEMO, "rewards=nonsense", "combine=null"], "rewards: there is no spec 'nonsense'"),
         (["up", DEMO, "run.dir=never-made", "rewards=[{name: nonsense}]"], "rewards[0].name"),

@@ -21,11 +21,15 @@ def check_rewards(chosen: Recipe) -> None:
     """Raises RecipeError when a reward or its parameters are unknown to the reward server of this installation, and
     StartupError when a plug-in of the recipe cannot be used."""
     from reward_server import plugins
-    from reward_server.specs import SpecError, check_spec, named_spec
+    from reward_server.specs import EVERY_PART, SpecError, check_spec, named_spec
 
-    plugins.install(chosen.scorer.plugins)
+    scorer = chosen.scorer
+    plugins.install(scorer.plugins)
+    parts = {"scorer": True, "sandbox": scorer.sandbox != "none", "reference_model": scorer.reference_model is not None}
+    # What somebody else's servers have, they say themselves.
+    have = EVERY_PART if scorer.urls else frozenset(part for part, is_there in parts.items() if is_there)
     try:
-        check_spec(chosen.spec or named_spec(str(chosen.rewards)))
+        check_spec(chosen.spec or named_spec(str(chosen.rewards)), have)
     except SpecError as error:
         message = str(error)
         raise RecipeError(message if message.startswith("rewards") else f"rewards: {message}") from error
