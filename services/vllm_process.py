@@ -73,8 +73,8 @@ def model_config(args: Any, served_name: str) -> Any:
     try:
         return args.create_model_config()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise StartupError(f"--model {served_name}: vLLM refuses it: {reason}") from error
+        lines = [line.strip() for line in str(error).strip().splitlines() if "errors.pydantic.dev" not in line]
+        raise StartupError(f"--model {served_name}: vLLM refuses it: {lines[-1]:.500}") from error
 
 
 async def start(args: Any) -> Any:

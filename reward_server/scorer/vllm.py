@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from reward_server.scorer.base import FAILURES, TOKENS, Follow, Scored, ScoringFailed, Service
 from reward_server.scorer.gate import Gate
 from reward_server.scorer.items import ItemScores, Span, TokenItem, check_item, collect, eos_ids
-from reward_server.scorer.vllm_plugin import ARCHITECTURES, PLUGIN, SWITCH, scorer_of
+from reward_server.scorer.vllm_plugin import ARCHITECTURES, PLUGIN, SWITCH, register, scorer_of
 from reward_server.scorer.vllm_rows import Asked, Pass
 from services import vllm_process
 from services.contract import Version
@@ -63,6 +63,7 @@ class VllmModel:
 
     def __init__(self, settings: VllmSettings):
         """Raises StartupError: a device, an architecture or a setting that vLLM or the scorer cannot work with."""
+        register()  # vLLM looks for plug-ins once a process: maybe before this one was switched on
         is_cpu = vllm_process.on_cpu(settings.device, settings.threads)
         self.args = _arguments(settings, is_cpu)
         config = vllm_process.model_config(self.args, settings.served_name)
