@@ -5,12 +5,15 @@ import math
 import time
 from collections import Counter
 from types import SimpleNamespace
+from typing import get_args
 
+import httpx
 import pytest
 import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from served import served
 
 from reward_server.reward import Context
 from reward_server.rewards import answers as module
@@ -372,6 +375,47 @@ async def test_relative_entropy_is_of_the_known(pool):
     assert first.value == pytest.approx(math.log(4))
     relative = await semantic_entropy.score(group, SemanticEntropyParams(relative=True), context(pool))
     assert values(relative) == pytest.approx([1.0] * 4)
+
+
+# ---- over HTTP, with a scorer ----------------------------------------------------------------------------------------
+
+
+def test_certainties_come_from_the_one_pass_and_gates_from_the_entropy(tiny_model):
+    from reward_server.app import Settings, create
+    from reward_server.scorer.metrics import METRICS
+
+    assert set(get_args(CertaintyWeightedVoteParams.model_fields["certainty"].annotation)) <= set(METRICS)
+    texts = ["\\boxed{7}", "It is \\boxed{8}", "so \\boxed{\\sqrt{49}}", "perhaps \\boxed{9}", "who knows", ""]
+    terms = [
+        {"name": "self_certainty", "weight": 0},
+        {"name": "semantic_entropy", "weight": 0},
+        {"name": "certainty_weighted_vote", "params": {"value": "share"}},
+        {"name": "majority_vote", "gate": {"reward": "semantic_entropy", "at_least": 1.7}},
+    ]
+    group = group_of(*texts).model_dump(exclude_none=True)
+    with served(create(Settings(model=str(tiny_model), threads=1, verifier_workers=1))) as url:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            put = client.put("/v1/specs/voted", json={"rewards": terms, "combine": {"normalize": "none"}})
+            assert put.status_code == 200, put.text
+            answer = client.post("/v1/rewards", json={"spec": "voted", "groups": [group]})
+    assert answer.status_code == 200, answer.text
+    scores = answer.json()["groups"][0]["scores"]
+    found = {key: [score["components"][key]["value"] for score in scores] for key in scores[0]["components"]}
+    certain = found["self_certainty"]
+    total = sum(certain[:4])
+    shares = [
+        (certain[0] + certain[2]) / total,
+        certain[1] / total,
+        (certain[0] + certain[2]) / total,
+        certain[3] / total,
+    ]
+    assert found["certainty_weighted_vote"][:5] == pytest.approx([*shares, 0.0])
+    empty = scores[5]["components"]["certainty_weighted_vote"]
+    assert (empty["value"], empty["outcome"]) == (None, "skipped")  # the scorer has no token to be certain of
+    assert found["majority_vote"] == [1, 0, 1, 0, 0, 0]
+    entropy = math.log(6) - 2 / 6 * math.log(2)
+    assert found["semantic_entropy"] == pytest.approx([entropy] * 6) and entropy < 1.7
+    assert [score["reward"] for score in scores[:5]] == pytest.approx(found["certainty_weighted_vote"][:5])
 
 
 @pytest.mark.parametrize(
