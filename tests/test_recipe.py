@@ -55,6 +55,12 @@ def test_minimal_recipe_gets_defaults():
         ("queue.url=localhost:6379", ["queue.url", "redis:// or rediss:// or unix://"]),
         ("trainer.gpus=[0, 1]", ["trainer.gpus: [0, 1]", "1 different devices"]),
         ("rollout.gpus=[0, -1]", ["rollout.gpus"]),
+        ("scorer={engine: vllm, follow: ema}", ["scorer: follow: ema needs engine: transformers"]),
+        ("scorer={engine: vllm, max_model_len: 100}", ["scorer.max_model_len: 100", "768"]),
+        ("scorer={engine: vllm, tensor_parallel_size: 2, gpus: [0]}", ["scorer.gpus: [0]", "2 different devices"]),
+        ("scorer.tensor_parallel_size=2", ["scorer: tensor_parallel_size", "use engine: vllm"]),
+        ("scorer.max_model_len=4096", ["scorer: max_model_len", "engine: vllm"]),
+        ("scorer.engine=sglang", ["scorer.engine", "'transformers' or 'vllm'", "'sglang'"]),
         ("weights.keep=1", ["weights.keep", "greater than or equal to 2"]),
         ("trainer", ["key.sub=value"]),
         ("trainer.steps.deep=1", ["trainer.steps.deep=1", "not a section"]),
@@ -66,6 +72,13 @@ def test_refusals_name_key_value_and_what_is_valid(override, words):
         recipe.parse(BASE, [override])
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_deterministic_run_scores_with_transformers():
+    overrides = ["run.deterministic=true", "scorer.engine=vllm"]
+    with pytest.raises(RecipeError, match="run.deterministic: .* scorer.engine vllm"):
+        recipe.parse(BASE, overrides)
+    assert recipe.parse(BASE, ["scorer={engine: vllm, tensor_parallel_size: 2, gpus: [0, 1]}"]).scorer.gpus == [0, 1]
 
 
 def test_a_refused_redis_url_does_not_show_its_password():
