@@ -106,6 +106,7 @@ class VllmService(Service):
     async def stop(self) -> None:
         self.fault = self.fault or "stopped"
         await asyncio.to_thread(self.llm.shutdown)
+        del self.llm  # at the end of the process its finaliser could not work any more
 
     def state(self) -> str:
         return self.fault or vllm_process.death(self.llm) or "ok"
