@@ -7,7 +7,7 @@ from typing import Any
 from reward_server.encoding import Encoder
 from reward_server.scorer.items import TokenItem
 from reward_server.scorer.metrics import METRICS
-from services.api import ScoreRequest, ScoreResponse, ScoreResult
+from services.api import ScoreItem, ScoreRequest, ScoreResponse, ScoreResult
 from services.http import Problem
 
 
@@ -31,11 +31,21 @@ def token_items(body: ScoreRequest, encoder: Encoder, check: Any) -> list[Any]:
     return items
 
 
+FEW_ITEMS = 8
+
+
+def _is_tokens(item: ScoreItem) -> bool:
+    return item.prompt_token_ids is not None and item.completion_token_ids is not None
+
+
 async def score(body: ScoreRequest, service: Any, encoder: Encoder, model: str, seconds: float) -> ScoreResponse:
     """`service` is a ScorerService. Raises Problem: 422 bad item, 504 deadline passed, 500 the model failed."""
     from reward_server.scorer.service import ScoringFailed
 
-    items = await asyncio.to_thread(token_items, body, encoder, service.scorer.check)
+    if len(body.items) <= FEW_ITEMS and all(_is_tokens(item) for item in body.items):
+        items = token_items(body, encoder, service.scorer.check)  # less work than a thread's wake-up
+    else:
+        items = await asyncio.to_thread(token_items, body, encoder, service.scorer.check)
     try:
         scored = await service.score(items, body.min_weight_version, seconds)
     except TimeoutError as error:

@@ -22,6 +22,9 @@ from services.contract import Version
 
 log = logging.getLogger(__name__)
 
+CPU_BATCH_TOKENS = 2048
+"""A CPU gains nothing from more, and loses much where the activations leave its caches."""
+
 
 class TransformersScorer:
     """Scores token ids with a Hugging Face causal model. Not thread-safe: one thread calls `score` and `swap`.
@@ -50,7 +53,8 @@ class TransformersScorer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("device: PyTorch sees no GPU here; use cpu")
-        self.path, self.device, self.max_batch_tokens = path, torch.device(device), max_batch_tokens
+        self.path, self.device = path, torch.device(device)
+        self.max_batch_tokens = min(max_batch_tokens, CPU_BATCH_TOKENS) if device == "cpu" else max_batch_tokens
         how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         self.causal = CausalModel.load(path, dtype, self.device, revision=revision, **how)
         self.model, self.decoder, self.tokenizer = self.causal.model, self.causal.decoder, self.causal.tokenizer
