@@ -360,3 +360,37 @@ async def test_stopping_fails_what_still_waits(scorer, monkeypatch):
     assert service.state() == "stopped"
     with pytest.raises(ScoringFailed, match="not running: stopped"):
         await service.score(items(1))
+
+
+async def test_a_caller_that_is_alone_never_waits_for_others(tiny_model, monkeypatch):
+    from reward_server.scorer import service as module
+
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr(module, "LINGER_SECONDS", 60.0)
+    service = ScorerService(TransformersScorer(str(tiny_model), "float32", "cpu"))
+    await service.start()
+    try:
+        for _ in range(3):  # one after the other: the call before is no company
+            await service.score([TokenItem([9, 8], [7])], deadline_seconds=20)
+    finally:
+        await service.stop()
+
+
+async def test_calls_on_their_way_join_the_round(tiny_model, monkeypatch):
+    from reward_server.scorer import service as module
+
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "LINGER_SECONDS", 20.0)
+    scorer = TransformersScorer(str(tiny_model), "float32", "cpu")
+    sizes, score = [], scorer.score
+    monkeypatch.setattr(scorer, "score", lambda items, unwanted: (sizes.append(len(items)), score(items, unwanted))[1])
+    service = ScorerService(scorer)
+    await service.start()
+    try:
+        first = [asyncio.create_task(service.score([TokenItem([9, 8], [7])])) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        late = asyncio.create_task(service.score([TokenItem([9, 8], [6])]))
+        await asyncio.gather(*first, late)
+    finally:
+        await service.stop()
+    assert sizes == [3]
