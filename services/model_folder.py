@@ -1,6 +1,7 @@
-"""Where a model's files lie on this machine."""
+"""A model's files on this machine, and how transformers is to run it."""
 
 from pathlib import Path
+from typing import Any
 
 from services.http import StartupError
 
@@ -22,3 +23,13 @@ def model_folder(model: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client raises from half a dozen unrelated trees
         reason = str(error).strip().splitlines()[0]
         raise StartupError(f"--model {model}: neither a folder here nor to be had from the hub: {reason}") from error
+
+
+def attention_for(config: Any, wanted: str = "sdpa") -> str:
+    """The attention implementation to load a model of `config` (a transformers PreTrainedConfig) with.
+
+    PyTorch's scaled_dot_product_attention has no cap on attention scores, and transformers leaves the cap out without a
+    word when it is asked for (Gemma 2: `attn_logit_softcapping`); such a model needs "eager".
+    """
+    is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if is_capped and wanted == "sdpa" else wanted

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import make_tiny_model
+from tiny import make_capped_model, make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout_server.engines.base import Aborted, EngineSettings, Prompt
@@ -172,6 +172,23 @@ def test_sliding_window_layers_see_their_window_only(tokenizer):
     for place, one in enumerate(drawn):
         reference = log_probabilities(oracle, asked[place // 2].token_ids, one.token_ids, 0.9)
         np.testing.assert_allclose(one.logprobs, reference[np.arange(24), one.token_ids], atol=1e-4)
+
+
+async def test_a_cap_on_attention_scores_is_kept(tokenizer, tmp_path):
+    make_capped_model(tmp_path)
+    engine = TransformersEngine(EngineSettings(tmp_path, "capped", dtype="float32", device="cpu", threads=1))
+    await engine.start()
+    try:
+        asked = [prompt(text, tokenizer, 2, temperature=0.9) for text in PROMPTS]
+        drawn = await engine.generate(asked)
+    finally:
+        await engine.stop()
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="eager").eval()
+    for one, completions in zip(asked, drawn, strict=True):
+        for completion in completions:
+            reference = log_probabilities(oracle, one.token_ids, completion.token_ids, 0.9)
+            expected = reference[np.arange(len(completion.token_ids)), completion.token_ids]
+            np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
 def test_the_context_bounds_a_completion(model, tokenizer):

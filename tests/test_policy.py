@@ -3,17 +3,19 @@
 import pytest
 import torch
 from scored_groups import make_groups, token_logprobs, trained_pairs
-from tiny import make_tiny_model
+from tiny import make_capped_model, make_tiny_model
 
 from services.recipe import Model, RecipeError
 from trainer import policy as policies
 from trainer.batch import deal, micro_batch, sequences
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "capped"])
 def folder(request, tiny_model, tmp_path_factory):
     if request.param == "tied":
         return tiny_model
+    if request.param == "capped":
+        return make_capped_model(tmp_path_factory.mktemp("capped"))
     return make_tiny_model(tmp_path_factory.mktemp("untied"), tied=False)
 
 
@@ -26,7 +28,7 @@ def test_logprobs_and_entropies_equal_the_full_logits(folder, tile_rows, tempera
     batch = sequences(groups, 288)
     policy = policies.load(Model(path=str(folder), dtype="float32"))
     policy.head.tile_rows = tile_rows
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     (share,) = deal(batch.lengths, 1, 60)
     pairs = list(trained_pairs(groups))
     for indices in share:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from scoring_oracle import model_oracle, one_number
-from tiny import make_tiny_model, make_tiny_tokenizer
+from tiny import make_capped_model, make_tiny_model
 
 from reward_server.scorer import transformers as transformers_scorer
 from reward_server.scorer.items import TokenItem
@@ -185,6 +185,7 @@ def small_model(family: str, **extra):
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model.set_attn_implementation("eager")  # of Gemma 2, sdpa leaves out the cap on attention scores
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -415,29 +416,10 @@ def test_start_up_errors_are_clear(tmp_path):
 
 
 def test_a_cap_on_attention_scores_is_kept(tmp_path):
-    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=288,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        query_pre_attn_scalar=1,
-        attn_logit_softcapping=1.0,
-    )
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    make_tiny_tokenizer().save_pretrained(tmp_path)
+    make_capped_model(tmp_path)
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, parameter in oracle.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                parameter.mul_(20)
-    oracle.float().save_pretrained(tmp_path)
-    oracle.double()
     prompt, completion = list(range(20, 40)), list(range(50, 70))
     (found,) = TransformersScorer(str(tmp_path), "float32", "cpu").score([TokenItem(prompt, completion)])
     wanted = model_oracle(oracle, prompt, completion)["self_certainty"]

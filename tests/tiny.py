@@ -65,3 +65,31 @@ def make_tiny_model(
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return Path(directory)
+
+
+def make_capped_model(directory: Path) -> Path:
+    """Save a random Gemma 2 (float32) whose attention scores are well beyond their cap, and whose logits have none."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=288,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=1,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=None,
+    )
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter.mul_(20)
+    model.save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
+    return Path(directory)

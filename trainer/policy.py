@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from services.model_folder import attention_for
 from services.recipe import Model, RecipeError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def load(settings: Model, gradient_checkpointing: bool = False) -> Policy:
             settings.path,
             config=config,
             dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attn_implementation,
+            attn_implementation=attention_for(config, settings.attn_implementation),
             **where,
         )
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward_server.scorer.head import Head, check_head, head_of
+from services.model_folder import attention_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,8 +35,7 @@ class CausalModel:
             raise ValueError("has no tokenizer files")
         auto: Any = AutoModelForCausalLM
         model = auto.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **source)
-        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            model.set_attn_implementation("eager")  # the others leave out the cap on attention scores (Gemma 2)
+        model.set_attn_implementation(attention_for(model.config, attn_implementation))
         model.to(device).eval().requires_grad_(False)
         decoder, head = model.get_decoder(), head_of(model)
         check_head(model, decoder, head)

@@ -22,6 +22,7 @@ from rollout_server.engines.generation import Drawn, Emit, Row, generate, rows_o
 from rollout_server.engines.stopping import StopStrings, cut
 from services.contract import Completion, Version
 from services.http import StartupError
+from services.model_folder import attention_for
 from services.weights.shapes import check_shapes, tensor_shapes
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class TransformersEngine:
             model = AutoModelForCausalLM.from_pretrained(
                 self.settings.model,
                 dtype=DTYPES[self.settings.dtype],
-                attn_implementation="sdpa",
+                attn_implementation=attention_for(self.config),
                 trust_remote_code=self.settings.trust_remote_code,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
