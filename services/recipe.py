@@ -1,5 +1,6 @@
 """One YAML recipe -> typed settings. Every service reads its own section; a bad key or value is refused by name."""
 
+import os
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -32,7 +33,8 @@ def _of_scheme(url: str, *schemes: str) -> str:
 
 
 ServerUrl = Annotated[str, AfterValidator(lambda url: _of_scheme(url, "http", "https"))]
-RedisUrl = Annotated[str, AfterValidator(lambda url: _of_scheme(url, "redis", "rediss", "unix"))]
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+RedisUrl = Annotated[str, AfterValidator(lambda url: _of_scheme(url, *REDIS_SCHEMES))]
 
 
 class Run(Section):
@@ -243,7 +245,8 @@ class Weights(Section):
 
 
 class Queue(Section):
-    """`url` none: `rlif up` runs a private redis-server with an append-only file in the run's folder."""
+    """`url` none: RLIF_REDIS_URL; without that, `rlif up` runs a private redis-server with an append-only file in the
+    run's folder."""
 
     url: RedisUrl | None = None
     max_deliveries: int = Field(3, ge=1)
@@ -394,6 +397,20 @@ def parse(tree: Any, overrides: list[str] | None = None) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
+
+
+def redis_url(recipe: Recipe) -> str | None:
+    """`queue.url`, or where the recipe has none RLIF_REDIS_URL: a password has no place in a file or an argument list.
+
+    Raises RecipeError when that variable holds no redis URL; its value is not shown.
+    """
+    if recipe.queue.url is not None:
+        return recipe.queue.url
+    given = os.environ.get("RLIF_REDIS_URL") or None
+    try:
+        return given and _of_scheme(given, *REDIS_SCHEMES)
+    except ValueError as error:
+        raise RecipeError(f"RLIF_REDIS_URL: {error}") from None
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:

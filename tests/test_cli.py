@@ -87,7 +87,9 @@ def test_recipe_check(tmp_path):
         (["serve", "rollout", "--model", "m", "--engine", "magic"], "--engine magic"),
         (["serve", "reward", "--follow", "redis://127.0.0.1:1"], "--run"),
         (["serve", "reward", "--host", "0.0.0.0"], "RLIF_API_TOKEN"),
-        (["train", DEMO], "queue.url"),
+        (["serve", "rollout", "--model", "m", "rollout.threads=1"], "'rollout.threads=1': overrides are of a recipe"),
+        (["serve", "reward", "--recipe", DEMO, "scorer.thread=1"], "scorer.thread: unknown key"),
+        (["train", DEMO], "queue.url (or RLIF_REDIS_URL)"),
         (["export", "absent-run", "out"], "absent-run"),
         (["serve", "reward", "--spec", "/proc/self/exe"], "--spec /proc/self/exe is not YAML"),
     ],
@@ -97,6 +99,7 @@ def test_refusals_are_one_line(arguments, words, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["rlif", *map(str, arguments)])
     monkeypatch.delenv("RLIF_API_TOKEN", raising=False)
+    monkeypatch.delenv("RLIF_REDIS_URL", raising=False)
     monkeypatch.setattr("services.logs.configure", lambda *_: None)  # it would take over this process's logging
     with pytest.raises(SystemExit) as ended:
         main()
@@ -251,6 +254,20 @@ def test_the_resolved_recipe_is_for_its_owner_alone(tmp_path):
     _, filled = plan(recipe.load(DEMO, [f"run.dir={tmp_path}", "queue.url=redis://:secret@127.0.0.1:1/0"]), False)
     assert (filled.run.dir / "recipe.yaml").stat().st_mode & 0o777 == 0o600
     assert "secret" in (filled.run.dir / "recipe.yaml").read_text()
+
+
+def test_a_redis_password_may_stay_in_the_environment(monkeypatch):
+    monkeypatch.setenv("RLIF_REDIS_URL", "rediss://:hunter2@redis.example:6380/0")
+    without = recipe.load(DEMO)
+    assert recipe.redis_url(without) == "rediss://:hunter2@redis.example:6380/0"
+    assert "hunter2" not in recipe.dump(without)
+    assert recipe.redis_url(recipe.load(DEMO, ["queue.url=redis://127.0.0.1:1"])) == "redis://127.0.0.1:1"
+    monkeypatch.setenv("RLIF_REDIS_URL", "http://:hunter2@redis.example")
+    with pytest.raises(recipe.RecipeError, match="RLIF_REDIS_URL: not a URL that starts with redis://") as refusal:
+        recipe.redis_url(without)
+    assert "hunter2" not in str(refusal.value)
+    monkeypatch.delenv("RLIF_REDIS_URL")
+    assert recipe.redis_url(without) is None
 
 
 def test_a_start_that_came_to_nothing_may_be_tried_again(tmp_path):

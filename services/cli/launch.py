@@ -125,7 +125,7 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     rollout_ports = [] if recipe.rollout.urls else [free_port() for _ in range(recipe.rollout.replicas)]
     reward_ports = [] if recipe.scorer.urls else [free_port() for _ in range(recipe.scorer.replicas)]
     services = []
-    redis_url = recipe.queue.url
+    redis_url = recipes.redis_url(recipe)
     if redis_url is None:
         from services.redis import EmbeddedRedis
 

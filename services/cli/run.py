@@ -49,11 +49,11 @@ def _addresses(chosen: recipe.Recipe, *needed: str) -> None:
     missing = [
         key
         for key, value in (
-            ("queue.url", chosen.queue.url),
+            ("queue.url (or RLIF_REDIS_URL)", recipe.redis_url(chosen)),
             ("rollout.urls", chosen.rollout.urls),
             ("scorer.urls", chosen.scorer.urls),
         )
-        if key in needed and not value
+        if key.split()[0] in needed and not value
     ]
     if missing:
         raise StartupError(
@@ -69,8 +69,9 @@ def orchestrate(recipe_path: RecipePath, overrides: Overrides = None) -> None:
     _addresses(chosen, "queue.url", "rollout.urls", "scorer.urls")
     from services.orchestrator.run import main
 
-    assert chosen.queue.url
-    raise typer.Exit(main(chosen, chosen.rollout.urls, chosen.scorer.urls, chosen.queue.url))
+    url = recipe.redis_url(chosen)
+    assert url
+    raise typer.Exit(main(chosen, chosen.rollout.urls, chosen.scorer.urls, url))
 
 
 def train(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
@@ -82,8 +83,9 @@ def train(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume =
     _addresses(chosen, "queue.url")
     from trainer.train import main
 
-    assert chosen.queue.url
-    raise typer.Exit(main(chosen, chosen.queue.url, resume))
+    url = recipe.redis_url(chosen)
+    assert url
+    raise typer.Exit(main(chosen, url, resume))
 
 
 def export(

@@ -22,6 +22,7 @@ Port = Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Take every setting from this recipe and follow its run's weights.")
 ]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of --recipe: key.sub=value")]
 ModelName = Annotated[str | None, typer.Option("--model", help="Hugging Face name or local folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
@@ -43,6 +44,12 @@ def _check_follow(follow: str | None, run: str | None) -> None:
 def _check_choice(option: str, given: str, valid: tuple[str, ...]) -> None:
     if given not in valid:
         raise http.StartupError(f"{option} {given}: choose {', '.join(valid[:-1])} or {valid[-1]}")
+
+
+def _load(recipe_file: Path | None, overrides: list[str] | None) -> recipe.Recipe | None:
+    if recipe_file is None and overrides:
+        raise http.StartupError(f"{overrides[0]!r}: overrides are of a recipe; name it with --recipe")
+    return recipe.load(recipe_file, overrides) if recipe_file else None
 
 
 def read_spec(path: Path) -> RewardSpec:
@@ -69,6 +76,7 @@ def replica_name(service: str, port: int) -> str:
 
 @app.command()
 def reward(
+    overrides: Overrides = None,
     model: ModelName = None,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     reference_model: Annotated[
@@ -108,7 +116,7 @@ def reward(
     _check_choice("--device", device, DEVICES)
     _check_choice("--dtype", dtype, DTYPES)
     _check_choice("--engine", engine, ("transformers", "vllm"))
-    chosen = recipe.load(recipe_file) if recipe_file else None
+    chosen = _load(recipe_file, overrides)
     _limit_threads(chosen.scorer.threads if chosen else threads)
     from reward_server import app as reward_app
 
@@ -126,7 +134,7 @@ def reward(
             follow=chosen.scorer.follow,
             ema_decay=chosen.scorer.ema_decay,
             deterministic=chosen.run.deterministic,
-            redis_url=chosen.queue.url,
+            redis_url=recipe.redis_url(chosen),
             run_id=chosen.run.name,
             replica=replica_name("reward", port),
             poll_seconds=chosen.weights.poll_seconds,
@@ -167,6 +175,7 @@ def reward(
 
 @app.command()
 def rollout(
+    overrides: Overrides = None,
     model: ModelName = None,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     port: Port = 8200,
@@ -189,7 +198,7 @@ def rollout(
     _check_follow(follow, run)
     _check_choice("--device", device, DEVICES)
     _check_choice("--dtype", dtype, DTYPES)
-    chosen = recipe.load(recipe_file) if recipe_file else None
+    chosen = _load(recipe_file, overrides)
     if chosen is None and model is None:
         raise http.StartupError("--model: give a Hugging Face name or a local folder (or --recipe)")
     _check_choice("--engine", engine, ("transformers", "vllm"))
@@ -211,7 +220,7 @@ def rollout(
             gpu_memory_utilization=chosen.rollout.gpu_memory_utilization,
             trust_remote_code=chosen.model.trust_remote_code,
             served_model_name=served_model_name,
-            redis_url=chosen.queue.url,
+            redis_url=recipe.redis_url(chosen),
             run_id=chosen.run.name,
             replica=replica_name("rollout", port),
             poll_seconds=chosen.weights.poll_seconds,
