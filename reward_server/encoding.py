@@ -57,8 +57,10 @@ class Encoder:
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
+        distinct = list(dict.fromkeys(token_ids))
         with self._lock:
-            return self.tokenizer.batch_decode([[token] for token in token_ids])
+            texts = dict(zip(distinct, self.tokenizer.batch_decode([[token] for token in distinct]), strict=True))
+        return [texts[token] for token in token_ids]
 
     def _is_too_long(self, text: str) -> bool:
         return self.most_characters is not None and len(text) > self.most_characters
