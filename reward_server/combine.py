@@ -9,7 +9,8 @@ Missing scores (outcome `timeout`, `error`, ...; or behind a shut gate) never co
 taken over the completions that have a score; a completion without one gets the neutral contribution 0 from that unit.
 In a raw sum the neutral stand-in for a missing score is the mean of that reward in the group, so that it neither
 lifts nor lowers the completion (with `normalize: none`, where there is no group to speak of, it is left out of the
-sum). A completion is valid when at least one reward with a non-zero weight has a value for it.
+sum). A completion is valid when at least one reward with a non-zero weight has a value for it. Its `reward`, which is
+no more than the weighted sum, has no such stand-in: it is none when a part of it, or what its gate looks at, failed.
 
 Sums are exactly rounded (`math.fsum`), so the order of the completions changes no bit of the result.
 """
@@ -17,10 +18,12 @@ Sums are exactly rounded (`math.fsum`), so the order of the completions changes 
 import math
 
 from reward_server.normalize import bounded, normalize, scale_of
-from services.contract import CompletionScore, Score
+from services.contract import CompletionScore, Outcome, Score
 from services.spec import Combine, RewardSpec, RewardTerm
 
 Column = list[float | None]
+FAILURES = frozenset({Outcome.unparsable, Outcome.timeout, Outcome.error})
+"""`skipped` is none: the reward was not asked, or has nothing to say."""
 
 
 def counted(spec: RewardSpec, raw: dict[str, Column]) -> dict[str, Column]:
@@ -106,13 +109,15 @@ def combine_scores(
     """Join the scores of one group, by term key, into what the reward server answers.
 
     `version` is the trainer's, for schedules. `reward` is the weighted sum of the values that count (no
-    normalisation); `advantage` is described above. In a unanimous group that is to be skipped nothing is valid.
+    normalisation), none when one of them failed; `advantage` is described above. In a unanimous group that is to be
+    skipped nothing is valid.
     """
     raw = {key: [score.value for score in scores] for key, scores in components.items()}
     columns = counted(spec, raw)
     found = advantages(spec, columns, size, version)
     is_skipped = bool(unanimous(spec, raw))
     weighted = _weighted(spec, version)
+    needed = {key for term, _ in weighted for key in (term.key, term.gate and term.gate.reward) if key}
     results = []
     for place in range(size):
         parts = [
@@ -120,10 +125,11 @@ def combine_scores(
             for term, weight in weighted
             if not is_skipped and (value := columns[term.key][place]) is not None
         ]
+        has_failed = any(components[key][place].outcome in FAILURES for key in needed)
         results.append(
             CompletionScore(
                 components={key: scores[place] for key, scores in components.items()},
-                reward=bounded(math.fsum(parts)),
+                reward=bounded(math.fsum(parts)) if parts and not has_failed else None,
                 advantage=found[place] if parts else 0.0,
                 valid=bool(parts),
             )

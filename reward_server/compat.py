@@ -1,9 +1,9 @@
 """Reward endpoints as other trainers call them: OpenRLHF's remote reward model and slime's remote rm.
 
 Both send one sample a call and normalise over their groups by themselves, so they get the raw `reward` (the weighted
-sum); a group's advantages mean nothing here. A completion whose reward could not be computed has no number: the request
-is refused, unless the caller says by `?missing=0.0` what such a completion is to count as. (Both repeat a refused
-request a few times and then stop the training.)
+sum); a group's advantages mean nothing here. A completion of which some part of the reward could not be computed has
+no number: the request is refused, unless the caller says by `?missing=0.0` what such a completion is to count as. (Both
+repeat a refused request a few times and then stop the training.)
 
 Prompts come with the chat template applied, and responses with the special token that ended them. The scorer reads both
 as they stand, without adding a token; the other rewards read the response without that end.
@@ -112,7 +112,7 @@ def _plain(label: Label) -> Any:
 
 
 def _number(score: CompletionScore, missing: float | None, field: str) -> float:
-    if score.valid:
+    if score.reward is not None:
         return score.reward
     if missing is not None:
         return missing
@@ -127,7 +127,7 @@ def _logs(scores: list[CompletionScore], versions: list[int] | None) -> dict[str
         values = [score.components[name].value for score in scores]
         logs[name] = [0.0 if value is None else value for value in values]
         logs[f"{name}/present"] = [float(value is not None) for value in values]
-    logs["valid"] = [float(score.valid) for score in scores]
+    logs["valid"] = [float(score.reward is not None) for score in scores]
     if versions is not None:
         logs["scorer_version"] = [float(version) for version in versions]
     return logs
@@ -165,7 +165,8 @@ def router(score_groups: ScoreGroups, means: Means) -> APIRouter:
         """OpenRLHF's remote reward model: `rewards` and `scores` in the order of the queries.
 
         `extra_logs`: per reward its raw value (0 where there is none) and `<reward>/present` (1 or 0; divide the means
-        for the mean over those that have a value), `valid` (1 or 0) and, with a scorer, `scorer_version`.
+        for the mean over those that have a value), `valid` (1 where the reward is whole, else 0) and, with a scorer,
+        `scorer_version`.
         """
         places: dict[tuple[str, str], list[int]] = {}
         labels = body.labels or [None] * len(body.query)

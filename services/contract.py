@@ -188,12 +188,13 @@ class Score(Wire):
 class CompletionScore(Wire):
     """Everything the reward server says of one completion.
 
-    `components` are raw (unweighted, unnormalised) scores by reward name. With `valid` false the completion has no
-    usable reward: `reward` and `advantage` are 0 and must not be trained on.
+    `components` are raw (unweighted, unnormalised) scores by reward name. `reward` is their weighted sum; none when one
+    that counts in it has failed. With `valid` false the completion has no usable reward at all: `advantage` is 0 and
+    must not be trained on.
     """
 
     components: dict[str, Score]
-    reward: float
+    reward: float | None
     advantage: float
     valid: bool
 

@@ -91,7 +91,7 @@ def test_advantages_are_finite_and_follow_the_completions_bit_by_bit(how, order,
     moved = advantages(spec, {name: [column[place] for place in places] for name, column in columns.items()}, size)
     assert moved == [found[place] for place in places]
     scores = {name: [scored(value) for value in column] for name, column in columns.items()}
-    assert all(math.isfinite(item.reward) for item in combine_scores(spec, scores, size))
+    assert all(item.reward is None or math.isfinite(item.reward) for item in combine_scores(spec, scores, size))
 
 
 @settings(max_examples=50)
@@ -150,15 +150,15 @@ def test_what_a_completion_is_told():
     }
     first, second, third = combine_scores(spec, components, 3)
     assert (first.reward, first.advantage, first.valid) == (2.5, -2.0, True)
-    assert (second.reward, second.advantage, second.valid) == (6.0, 2.0, True)
-    assert (third.reward, third.advantage, third.valid) == (0.0, 0.0, False)
+    assert (second.reward, second.advantage, second.valid) == (None, 2.0, True)
+    assert (third.reward, third.advantage, third.valid) == (None, 0.0, False)
     assert third.components["a"].outcome == Outcome.timeout and third.components["idle"].value == 7.0
 
 
 def test_weights_of_zero_alone_train_nothing():
     spec = spec_of(("a", 0.0), order="sum_then_normalize")
     (only,) = combine_scores(spec, {"a": [scored(5.0)]}, 1)
-    assert (only.reward, only.advantage, only.valid) == (0.0, 0.0, False)
+    assert (only.reward, only.advantage, only.valid) == (None, 0.0, False)
 
 
 def test_extreme_values_stay_finite_and_ordered():

@@ -122,6 +122,15 @@ def oracle_normal(values: list[float | None], how: str, eps: float) -> list[floa
 
 def oracle(spec: RewardSpec, raw: dict[str, list[float | None]], size: int, at: int):
     """(advantage, reward, valid) of each completion, straight from the description."""
+    return oracle_and_sums(spec, raw, size, at)[0]
+
+
+def raw_sums(spec: RewardSpec, raw: dict[str, list[float | None]], size: int, at: int) -> list[float]:
+    """What `sum_then_normalize` normalises, where there is something."""
+    return [value for value in oracle_and_sums(spec, raw, size, at)[1] if value is not None]
+
+
+def oracle_and_sums(spec: RewardSpec, raw: dict[str, list[float | None]], size: int, at: int):
     live: dict[str, list[float | None]] = {}
     weights = {}
     for term in spec.rewards:
@@ -141,12 +150,12 @@ def oracle(spec: RewardSpec, raw: dict[str, list[float | None]], size: int, at: 
     used = [key for key in KEYS if weights[key] != 0]
     total = [0.0] * size
     how, eps = spec.combine.normalize, spec.combine.eps
+    sums: list[float | None] = []
     if spec.combine.order == "normalize_then_sum":
         for key in used:
             normal = oracle_normal(live[key], how, eps)
             total = [t + weights[key] * (n or 0.0) for t, n in zip(total, normal, strict=True)]
     else:
-        sums: list[float | None] = []
         for place in range(size):
             if all(live[key][place] is None for key in used):
                 sums.append(None)
@@ -168,8 +177,10 @@ def oracle(spec: RewardSpec, raw: dict[str, list[float | None]], size: int, at: 
     for place in range(size):
         parts = [weights[key] * live[key][place] for key in used if live[key][place] is not None]
         valid = bool(parts) and len(said) != 1
-        answers.append((total[place], sum(parts), True) if valid else (0.0, 0.0, False))
-    return answers
+        judges = [term.gate.reward for term in spec.rewards if term.name in used and term.gate is not None]
+        whole = all(raw[key][place] is not None for key in [*used, *judges])
+        answers.append((total[place], sum(parts) if whole else None, True) if valid else (0.0, None, False))
+    return answers, sums
 
 
 @settings(max_examples=300)
@@ -179,9 +190,11 @@ def test_the_whole_composition_is_the_oracle(data, spec, size, at):
     found = combine_scores(spec, components(raw), size, at)
     wanted = oracle(spec, raw, size, at)
     assert [item.valid for item in found] == [valid for _, _, valid in wanted]
-    assert [item.reward for item in found] == pytest.approx([reward for _, reward, _ in wanted], rel=1e-9, abs=1e-9)
+    assert [item.reward is None for item in found] == [reward is None for _, reward, _ in wanted]
+    sums = [(item.reward, reward) for item, (_, reward, _) in zip(found, wanted, strict=True) if reward is not None]
+    assert [found for found, _ in sums] == pytest.approx([reward for _, reward in sums], rel=1e-9, abs=1e-9)
     if spec.combine.order == "sum_then_normalize" and spec.combine.normalize in ("group_std", "rank"):
-        sums = [reward for _, reward, valid in wanted if valid]
+        sums = raw_sums(spec, raw, size, at)
         gaps = [abs(a - b) for a in sums for b in sums if a != b]
         if gaps and min(gaps) < 1e-6:  # equal but for rounding: the two ways of adding may disagree on a tie
             return
@@ -320,7 +333,7 @@ def test_groups_that_teach_nothing_are_skipped(verdicts, skipped):
     found = combine_scores(spec, components(raw), len(verdicts))
     assert all(item.valid != skipped for item in found)
     if skipped:
-        assert all((item.reward, item.advantage) == (0.0, 0.0) for item in found)
+        assert all((item.reward, item.advantage) == (None, 0.0) for item in found)
         assert "v" in unanimous(spec, raw)
 
 

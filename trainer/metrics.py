@@ -37,7 +37,7 @@ def of_groups(groups: Sequence[ScoredGroup], step: int) -> dict[str, float | Non
             components.setdefault(name, []).extend([] if component.value is None else [component.value])
     staleness = [step - 1 - completion.weight_version.version for completion in completions]
     return {
-        "reward_mean": _mean([score.reward for score in scores if score.valid]),
+        "reward_mean": _mean([score.reward for score in scores if score.reward is not None]),
         "advantage_abs_mean": _mean([abs(score.advantage) for score in scores if score.valid]),
         "valid_fraction": _mean([score.valid for score in scores]),
         "stop_share": _mean([completion.finish_reason == "stop" for completion in completions]),

@@ -83,8 +83,10 @@ class Token:
         )
 
 
-def number(value: float, digits: int = 3) -> str:
-    """With a real minus sign, and no zero below zero."""
+def number(value: float | None, digits: int = 3) -> str:
+    """With a real minus sign, and no zero below zero; a dash for none."""
+    if value is None:
+        return "\u2013"
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "\u2212")
 

@@ -106,7 +106,7 @@ async def _ask_rlif(group: RewardGroup, params: RemoteParams, http: Calls, deadl
 
 def _raw(item: CompletionScore) -> Score:
     """The weighted sum of what the other server found, or why it found nothing."""
-    if item.valid:
+    if item.reward is not None:
         return Score.of(item.reward)
     failures = {name: part for name, part in item.components.items() if part.value is None}
     said = "; ".join(f"{name}: {part.outcome}: {part.detail}" for name, part in failures.items())
