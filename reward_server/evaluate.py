@@ -66,7 +66,10 @@ def check_groups(spec: RewardSpec, groups: list[RewardGroup]) -> None:
                 detail = f"at most {MAX_TEXT} characters (got {len(completion.text)})"
                 raise Problem(422, "A completion is too long", detail, f"groups[{place}].completions[{number}].text")
         if spec.is_scheduled and group.weight_version is None:
-            detail = "the spec's schedule goes by the version of the policy that made the completions"
+            detail = (
+                "the spec's schedule goes by the version of the policy that made the completions: give the group "
+                '`"weight_version": {"version": N}`, N its optimizer steps'
+            )
             raise Problem(422, "A weight version is missing", detail, f"groups[{place}].weight_version")
         reference = group.task.reference
         lacking = {

@@ -86,6 +86,8 @@ def test_recipe_check(tmp_path):
         (["serve", "rollout"], "--model"),
         (["serve", "rollout", "--model", "m", "--engine", "magic"], "--engine magic"),
         (["serve", "reward", "--follow", "redis://127.0.0.1:1"], "--run"),
+        (["serve", "reward", "--match"], "--match: there are no weights to wait for without --follow"),
+        (["serve", "reward", "--engine", "vllm"], "--engine vllm: give the model"),
         (["serve", "reward", "--host", "0.0.0.0"], "RLIF_API_TOKEN"),
         (["serve", "rollout", "--model", "m", "rollout.threads=1"], "'rollout.threads=1': overrides are of a recipe"),
         (["serve", "reward", "--recipe", DEMO, "scorer.thread=1"], "scorer.thread: unknown key"),
@@ -155,6 +157,12 @@ def test_score_a_file(reward_url, tmp_path):
     scored = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in scored] == list(range(70))
     assert all(row["n_tokens"] == row["id"] % 5 + 1 and row["scores"]["self_certainty"] > 0 for row in scored)
+    long = {"prompt": "ab", "completion": "c" * 5000}
+    source.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], long, rows[1]]))
+    done = rlif("score", "--url", reward_url, "--file", source, "--out", out)
+    assert done.returncode == 1 and "1 rows could not be scored" in done.stdout + done.stderr
+    first, middle, last = (json.loads(line) for line in out.read_text().splitlines())
+    assert first["scores"] and last["scores"] and "tokens" in middle["error"] and "scores" not in middle
     source.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     assert "line 2" in refused("score", "--url", reward_url, "--file", source, "--out", out)
     source.write_text('{"prompt": "a", "completion": "b"}\n')

@@ -35,13 +35,11 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 EXAMPLE = Form(
-    prompt="What is 47 + 58? Put the answer in \\boxed{}.",
+    prompt="47+58",
     answer="105",
-    completions=[
-        "7 + 8 = 15: write 5, carry 1.\n4 + 5 + 1 = 10.\nSo 47 + 58 = \\boxed{105}.",
-        "It must be about \\boxed{95}.",
-    ],
+    completions=["units 7+8=15 tens 4+5+1=10 answer 105", "maybe 95"],
 )
+"""In words that the demo's model has, too."""
 EXAMPLE_SPECS = (DEFAULT, "intuitor_plus_accuracy", "grpo", "exact_match")
 """The first one that the server can compute is chosen on the first visit."""
 KINDS = ("Of this server", "Presets", "One reward alone")

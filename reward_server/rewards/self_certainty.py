@@ -18,7 +18,10 @@ from services.contract import Score
 
 
 class SelfCertaintyParams(TokenMeanParams):
-    preset: Literal["paper", "open_r1", "verl"] = Field("paper", description="the definition; see /v1/score")
+    preset: Literal["paper", "open_r1", "verl"] = Field(
+        "paper",
+        description="KL(U || p), or as open-r1 (unshifted, no log V, no temperature) or verl (no log V) compute it",
+    )
 
 
 def scoring(params: SelfCertaintyParams) -> Scoring:

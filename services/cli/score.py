@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -26,6 +27,8 @@ BATCH_ITEMS = 64
 LOADING_SECONDS = 3600.0
 """How long a model may take to load; the first time it is downloaded."""
 FIELDS = tuple(ScoreItem.model_fields)
+AT_ITEM = re.compile(r"items\[(\d+)\]")
+"""The field of a refusal that is about one item."""
 
 
 @contextmanager
@@ -99,22 +102,48 @@ def _show(response: ScoreResponse, metrics: list[str], console: Console) -> None
     console.print(f"{response.model}, version {response.weight_version}, vocabulary {response.vocab_size}", style="dim")
 
 
-def _score_file(client: Any, source: Path, out: Path, options: dict[str, Any], console: Console) -> None:
-    rows = iter(_read_items(source))
-    total = sum(1 for line in source.read_text().splitlines() if line.strip())
+def _score_batch(client: Any, items: list[ScoreItem], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is added to each item's row; an item that the server refuses has `error` and keeps none of the others."""
+    from services.clients import Refused
+
+    answers: list[dict[str, Any]] = [{} for _ in items]
+    left = list(range(len(items)))
+    while left:
+        try:
+            response = client.score([items[place] for place in left], **options)
+        except Refused as refusal:
+            faults = {int(found[1]): error for error in refusal.errors if (found := AT_ITEM.match(error["field"]))}
+            if not faults:
+                raise
+            for number, error in faults.items():
+                answers[left[number]] = {"error": error["message"]}
+            left = [place for number, place in enumerate(left) if number not in faults]
+        else:
+            for place, result in zip(left, response.results, strict=True):
+                answers[place] = result.model_dump(exclude_none=True)
+            break
+    return answers
+
+
+def _score_file(client: Any, source: Path, out: Path, options: dict[str, Any], console: Console) -> int:
+    """Returns how many rows could not be scored."""
+    everything = _read_items(source)
+    rows, refused = iter(everything), 0
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     aside = _aside(out)
     try:
         with Progress(*columns, console=console) as progress, aside.open("w") as sink:
-            task = progress.add_task("score", total=total)
+            task = progress.add_task("score", total=len(everything))
             while batch := list(islice(rows, BATCH_ITEMS)):
-                response = client.score([item for _, item in batch], **options)
-                for (row, _), result in zip(batch, response.results, strict=True):
-                    sink.write(json.dumps({**row, **result.model_dump(exclude_none=True)}) + "\n")
+                answers = _score_batch(client, [item for _, item in batch], options)
+                for (row, _), answer in zip(batch, answers, strict=True):
+                    sink.write(json.dumps({**row, **answer}) + "\n")
+                    refused += "error" in answer
                 progress.advance(task, len(batch))
         aside.replace(out)
     finally:
         aside.unlink(missing_ok=True)
+    return refused
 
 
 def score(
@@ -167,7 +196,10 @@ def score(
     with _reward_url(url, model, reference_model, dtype, device) as address, _client(address) as client:
         try:
             if file is not None and out is not None:
-                _score_file(client, file, out, options, console)
+                refused = _score_file(client, file, out, options, console)
+                if refused:
+                    console.print(f"rlif: {refused} rows could not be scored; {out} has `error` there", style="red")
+                    raise typer.Exit(1)
                 return
             response = client.score([ScoreItem(prompt=prompt, completion=text) for text in completion or []], **options)
         except CallError as error:

@@ -116,6 +116,10 @@ def reward(
     _check_choice("--device", device, DEVICES)
     _check_choice("--dtype", dtype, DTYPES)
     _check_choice("--engine", engine, ("transformers", "vllm"))
+    if match and follow is None:
+        raise http.StartupError("--match: there are no weights to wait for without --follow and --run")
+    if engine == "vllm" and model is None and recipe_file is None:
+        raise http.StartupError("--engine vllm: give the model that it is to score with, --model")
     chosen = _load(recipe_file, overrides)
     _limit_threads(chosen.scorer.threads if chosen else threads)
     from reward_server import app as reward_app
