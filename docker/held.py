@@ -12,6 +12,9 @@ from pathlib import Path
 VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[\w.]+)?")
 """What pip accepts; Ubuntu's own packages have other versions, and are none that rlif needs."""
 
+TOOLS = ("pip", "setuptools", "wheel")
+"""What a fresh virtual environment brings, to install with: no version of it was chosen by anybody."""
+
 
 def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -22,7 +25,7 @@ def held(constraints: str, installed: dict[str, str]) -> list[str]:
     lines = [line.partition("#")[0].strip() for line in constraints.splitlines()]
     pinned = {canonical(line.partition("==")[0]): line for line in lines if line}
     here = {canonical(name): f"{name}=={version}" for name, version in installed.items() if VERSION.fullmatch(version)}
-    return sorted({**pinned, **here}.values())
+    return sorted(line for name, line in {**pinned, **here}.items() if name not in TOOLS)
 
 
 if __name__ == "__main__":

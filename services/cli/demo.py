@@ -1,5 +1,5 @@
-"""`rlif demo`, `rlif demo-all`, `rlif demo-model`, `rlif demo-prepare`: a run that learns on two CPU cores, from nothing
-to a report, and its parts."""
+"""`rlif demo`, `rlif demo-all`: a run that learns on two CPU cores, from nothing to a report. `rlif demo-model`,
+`rlif demo-prepare`: its parts."""
 
 import asyncio
 import os
@@ -220,7 +220,7 @@ def demo_prepare(
 ) -> None:
     """Make what a demo run by other means needs: DIRECTORY/model, train.jsonl, and recipe.yaml, which names both.
 
-    A model that is there stays; tasks and recipe are written again. The recipe's run.dir and addresses are yours to set.
+    A model that is there stays; tasks and recipe are written again. The recipe's run.dir and addresses are yours.
     """
     logs.configure("WARNING")
     from services.demo import task

@@ -17,8 +17,12 @@ PARTS = ("rollout", "reward", "sandbox", "orchestrator", "trainer")
 
 def composed(**settings: str) -> dict[str, Any]:
     """The services by name, with `settings` as the environment; secrets are their own names where none is given."""
-    tree = yaml.safe_load((ROOT / "compose.yaml").read_text())
-    return rec_subs(tree, {name: name.lower() for name in SECRETS} | settings)["services"]
+    return yaml.safe_load(interpolated({name: name.lower() for name in SECRETS} | settings))["services"]
+
+
+def interpolated(settings: dict[str, str]) -> str:
+    """The file's text. Raises what podman-compose raises where a needed setting is missing."""
+    return rec_subs((ROOT / "compose.yaml").read_text(), settings)
 
 
 def ours(services: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """compose.yaml without an engine: its schema, what it lets out and in, and that every command line means something."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from composition import PARTS, ROOT, SECRETS, arguments, composed, ours, python, run
+from composition import PARTS, ROOT, SECRETS, arguments, composed, interpolated, ours, python, run
 from typer.main import get_command
 
 from services import recipe
@@ -54,13 +53,10 @@ def test_it_follows_the_compose_specification():
 
 @pytest.mark.parametrize("missing", SECRETS)
 def test_a_secret_that_is_missing_is_named(missing):
-    for given in ({missing: ""}, None):
-        tree = yaml.safe_load((ROOT / "compose.yaml").read_text())
-        from podman_compose import rec_subs
-
-        settings = {name: "x" for name in SECRETS if name != missing} | (given or {})
-        with pytest.raises(Exception, match=f"{missing}.*make .env"):
-            rec_subs(tree, settings)
+    others = {name: "x" for name in SECRETS if name != missing}
+    for given in (others, others | {missing: ""}):
+        with pytest.raises(ValueError, match=f"{missing}.*make .env"):
+            interpolated(given)
 
 
 def test_make_writes_the_secrets_once_and_for_the_owner_alone(tmp_path):
@@ -153,8 +149,11 @@ def test_the_parts_of_a_run_agree(path, gpu, inside):
     assert parsed(arguments(services[f"trainer{gpu}"]))[1]["resume"] is True
     assert told.tracking.metrics_port == trained.tracking.metrics_port
     if gpu:
-        devices = {part: getattr(found, "scorer" if part == "reward" else part).device
-                   for part, found in recipes.items() if part != "orchestrator"}
+        devices = {
+            part: getattr(found, "scorer" if part == "reward" else part).device
+            for part, found in recipes.items()
+            if part != "orchestrator"
+        }
         assert set(devices.values()) == {"cuda"}
 
 
@@ -164,7 +163,9 @@ def test_weights_and_runs_are_written_by_the_trainer_alone():
         writes = {source for source, (_, *options) in volumes.items() if options != ["ro"]}
         assert ({"runs", "weights"} <= writes) == name.startswith("trainer")
         assert not writes & {"runs", "weights"} or name.startswith("trainer")
-    places = {tuple(volume.split(":")[:2]) for service in ours(SERVICES).values() for volume in service.get("volumes", [])}
+    places = {
+        tuple(volume.split(":")[:2]) for service in ours(SERVICES).values() for volume in service.get("volumes", [])
+    }
     assert {("weights", "/srv/rlif/weights"), ("runs", "/srv/rlif/runs"), ("cache", "/srv/rlif/cache")} <= places
 
 
@@ -216,9 +217,9 @@ def test_prometheus_asks_every_service_where_it_listens(inside):
     asked = {}
     for job in PROMETHEUS["scrape_configs"]:
         for group in job.get("static_configs", []):
-            asked |= dict([(host, int(port)) for host, port in [target.split(":") for target in group["targets"]]])
+            asked |= {host: int(port) for host, port in (target.split(":") for target in group["targets"])}
         for group in job.get("dns_sd_configs", []):
-            asked |= {name: group["port"] for name in group["names"]}
+            asked |= dict.fromkeys(group["names"], group["port"])
     assert asked == ports
     mounts = dict(volume.split(":")[:2] for volume in SERVICES["prometheus"]["volumes"])
     assert PROMETHEUS["rule_files"] == [f"{mounts['./k8s/rlif/files/alerts']}/*.yaml"]
@@ -233,10 +234,3 @@ def test_grafana_finds_prometheus_and_the_dashboards():
     assert provider["options"]["path"] == mounts["./k8s/rlif/files/dashboards"]
     port = SERVICES["prometheus"]["ports"][0].rpartition(":")[2]
     assert source["url"] == f"http://prometheus:{port}" and source["isDefault"] is True
-
-
-def test_a_trainer_s_command_line_starts_and_goes_on():
-    """One command line for both: what a container's restart runs again."""
-    from trainer.train import _refuse_used_folder
-
-    assert os.path.exists(ROOT / "recipes/demo.yaml") and callable(_refuse_used_folder)
