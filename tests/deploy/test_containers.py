@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from composition import PARTS, SECRETS
+from composition import PARTS
 from engine import STARTED, Stack, build_all, eventually, need_podman, podman, said, started
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(7200)]

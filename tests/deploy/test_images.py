@@ -18,12 +18,11 @@ from packaging.requirements import Requirement
 from served import served
 from typer.main import get_command
 
-from reward_server.app import Settings, create
 from services import recipe
 from services.cli import demo
 from services.cli.main import app
 from services.demo.base_model import make_demo_model
-from services.http import StartupError
+from services.http import HttpSettings, StartupError, create_app
 
 TARGETS = (*PARTS, "rollout-gpu", "reward-gpu", "trainer-gpu")
 ARGUMENTS: dict[str, str] = {}
@@ -185,12 +184,11 @@ def test_the_shell_script_is_one():
 
 def test_the_healthcheck_says_why():
     check = ROOT / "docker/healthcheck.py"
-    with served(create(Settings())) as url:
-        assert python("-IS", check, f"{url}/healthz").returncode == 0
+    with served(create_app("test", "0", HttpSettings(), lambda: {"redis": "no answer for 12 s"})) as url:
         # A proxy in the environment is not asked.
         assert python("-IS", check, HEALTH_URL=f"{url}/healthz", http_proxy="http://127.0.0.1:9").returncode == 0
-        missing = python("-IS", check, f"{url}/nowhere")
-    assert missing.returncode == 1 and "404" in missing.stderr and "Not Found" in missing.stderr
+        waiting = python("-IS", check, f"{url}/readyz")
+    assert waiting.returncode == 1 and "503" in waiting.stderr and "no answer for 12 s" in waiting.stderr
     gone = python("-IS", check, f"{url}/readyz")
     assert gone.returncode == 1 and "refused" in gone.stderr and "Traceback" not in gone.stderr
 
