@@ -9,8 +9,10 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from composition import PARTS
+from composition import PARTS, ROOT, composed
 from engine import STARTED, Stack, build_all, eventually, need_podman, podman, said, started
+
+from services import recipe
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(7200)]
 
@@ -27,8 +29,13 @@ def images() -> None:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory) -> Iterator[Stack]:
-    overrides = f"trainer.steps={STEPS} trainer.checkpoints.every=5 rollout.group_size=4"
-    with started(tmp_path_factory.mktemp("stack"), OVERRIDES=overrides) as running:
+    folder = tmp_path_factory.mktemp("stack")
+    # Any user of the containers must be able to read it.
+    folder.chmod(0o755)
+    made = ["model.path=cache/demo/model", "data.path=cache/demo/train.jsonl"]
+    short = [f"trainer.steps={STEPS}", "trainer.checkpoints.every=5", "rollout.group_size=4"]
+    (folder / "short.yaml").write_text(recipe.dump(recipe.load(ROOT / "recipes/demo.yaml", made + short)))
+    with started(folder, RECIPES=str(folder), RECIPE="recipes/short.yaml") as running:
         yield running
 
 
@@ -82,7 +89,7 @@ def test_a_stop_signal_gets_through_at_once():
 
 
 def test_a_sandbox_runs_programs_or_says_what_it_needs():
-    loose = [f"--security-opt={option}" for option in ("seccomp=unconfined", "unmask=ALL", "no-new-privileges")]
+    loose = [f"--security-opt={option}" for option in composed()["sandbox"]["security_opt"]]
     bare = ("--read-only", "--tmpfs", "/tmp", "--network", "none", "--cap-drop", "all")
     said("run", "-d", "--name", "rlif-test-sandbox", *bare, *loose, "rlif-sandbox:local", "serve", "sandbox")
     program = {"program": {"language": "python", "source": "print(2*int(input()))"}, "cases": [{"stdin": "21"}]}
