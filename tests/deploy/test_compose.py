@@ -119,6 +119,8 @@ def test_an_image_is_built_for_the_part_it_runs(name):
     target, words = service["build"]["target"], arguments(service)
     part = target.removesuffix("-gpu")
     assert service["image"] == f"rlif-{part}:local{'-gpu' if target != part else ''}" and part in PARTS
+    # Nobody else's image of this name is ever asked for.
+    assert service["pull_policy"] == "build"
     expected = {"orchestrator": "orchestrate", "trainer": "train", "sandbox": ""}.get(part, f"serve {part}")
     if name.startswith("prepare"):
         expected = "demo-prepare"
