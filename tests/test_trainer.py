@@ -353,7 +353,7 @@ def runs(tiny_model, redis_url, tmp_path_factory):
     broken = Run(folder, tiny_model, redis_url, "broken")
     try:
         unbroken.push(0, STEPS * GROUPS_PER_STEP)
-        unbroken.start()
+        unbroken.start("--resume")  # nothing to resume yet: a container's command line is the same at every start
         broken.push(0, 3 * GROUPS_PER_STEP)
         broken.start().wait_for(step=3, lineage=0)
         assert broken.process

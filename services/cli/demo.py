@@ -1,8 +1,11 @@
-"""`rlif demo`, `rlif demo-all`, `rlif demo-model`: a run that learns on two CPU cores, from nothing to a report."""
+"""`rlif demo`, `rlif demo-all`: a run that learns on two CPU cores, from nothing to a report. `rlif demo-model`,
+`rlif demo-prepare`: its parts."""
 
 import asyncio
 import os
 import shutil
+import socket
+import sysconfig
 import time
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +22,8 @@ from services.demo.evaluation import Evaluation
 from services.demo.report import Report
 from services.http import StartupError
 
-RECIPE = Path(__file__).parent.parent.parent / "recipes" / "demo.yaml"
+RECIPES = (Path(__file__).parent.parent.parent / "recipes", Path(sysconfig.get_path("data")) / "share/rlif/recipes")
+"""Of a checkout, of an installed package."""
 SEEDS = (2, 3, 4)
 """Fresh ones: the recipe was chosen while looking at 0 and 1."""
 
@@ -29,27 +33,36 @@ Problems = Annotated[int, typer.Option(help="Held-out problems to measure on.", 
 
 
 def _recipe(overrides: list[str]) -> recipe.Recipe:
-    if not RECIPE.exists():
-        raise StartupError(f"the demo needs a checkout of the project: there is no {RECIPE}")
-    return recipe.load(RECIPE, overrides)
+    found = [folder / "demo.yaml" for folder in RECIPES if (folder / "demo.yaml").exists()]
+    if not found:
+        raise StartupError(f"the demo's recipe is missing: there is no demo.yaml in {' or '.join(map(str, RECIPES))}")
+    return recipe.load(found[0], overrides)
 
 
-def _base_model(folder: Path, seed: int, console: Console) -> Path:
-    """The base model of a seed; made once."""
-    base = folder / f"base-{seed}"
-    if (base / "config.json").exists():
-        console.print(f"base model: {base} (made earlier)", highlight=False)
-        return base
+def _pretrain(directory: Path, seed: int, console: Console) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # beside ours they only flicker
     from services.demo.base_model import STEPS, make_demo_model
 
     columns = (TextColumn("base model"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    aside = folder / f"base-{seed}.part"
-    shutil.rmtree(aside, ignore_errors=True)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("pretraining", total=STEPS)
-        make_demo_model(aside, seed, progress=lambda step, *_: progress.update(task, completed=step))
-    aside.rename(base)
+        make_demo_model(directory, seed, progress=lambda step, *_: progress.update(task, completed=step))
+
+
+def _base_model(base: Path, seed: int, console: Console) -> Path:
+    """The base model of a seed; made once, also where several machines start on it in one shared folder."""
+    if (base / "config.json").exists():
+        console.print(f"base model: {base} (made earlier)", highlight=False)
+        return base
+    aside = base.with_name(f"{base.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        _pretrain(aside, seed, console)
+        aside.rename(base)
+    except OSError:
+        if not (base / "config.json").exists():
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     console.print(f"base model: {base}", highlight=False)
     return base
 
@@ -97,7 +110,7 @@ def run_demo(reward: Arm, seed: int, folder: Path, steps: int | None, problems: 
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     console.rule(f"1/5  base model, seed {seed}")
-    base = _base_model(folder, seed, console)
+    base = _base_model(folder / f"base-{seed}", seed, console)
     task.write_tasks(folder / "train.jsonl")
 
     console.rule("2/5  before: held-out problems")
@@ -190,12 +203,36 @@ def demo_model(
     """Make the demo's small base model as a Hugging Face folder (about a minute)."""
     if directory.exists() and any(directory.iterdir()):
         raise StartupError(f"{directory} is not empty")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from services.demo.base_model import STEPS, make_demo_model
-
-    columns = (TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("pretraining", total=STEPS)
-        make_demo_model(directory, seed, progress=lambda step, *_: progress.update(task, completed=step))
+    _pretrain(directory, seed, console)
     console.print(f"{directory}: the demo's base model, seed {seed}", highlight=False)
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def demo_prepare(
+    directory: Annotated[Path, typer.Argument(help="Folder to make or complete.")],
+    seed: Annotated[int, typer.Option(help="Decides base model, order, sampling.", min=0)] = 0,
+) -> None:
+    """Make what a demo run by other means needs: DIRECTORY/model, train.jsonl, and recipe.yaml, which names both.
+
+    A model that is there stays; tasks and recipe are written again. The recipe's run.dir and addresses are yours.
+    """
+    logs.configure("WARNING")
+    from services.demo import task
+
+    console = Console()
+    directory = directory.resolve()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        model = _base_model(directory / "model", seed, console)
+        _replace(directory / "train.jsonl", task.as_jsonl(task.problems("train")))
+        chosen = _recipe([f"model.path={model}", f"data.path={directory / 'train.jsonl'}", f"run.seed={seed}"])
+        _replace(directory / "recipe.yaml", recipe.dump(chosen))
+    except OSError as error:
+        raise StartupError(f"{directory} cannot be written: {error.strerror or error}") from error
+    console.print(f"recipe: {directory / 'recipe.yaml'}", highlight=False)

@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(demo.demo_all)
 app.command()(demo.demo_model)
+app.command()(demo.demo_prepare)
 app.command()(run.up)
 app.command()(run.orchestrate)
 app.command()(run.train)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,11 +74,17 @@ def held_out(limit: int | None = None) -> list[Problem]:
 
 
 def write_tasks(path: Path) -> int:
-    """Write the training problems as JSONL rows `{"id", "prompt", "answer"}`; returns how many."""
-    rows = [{"id": one.prompt, "prompt": one.prompt, "answer": one.answer} for one in problems("train")]
+    """Write the training problems as JSONL; returns how many."""
+    chosen = problems("train")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return len(rows)
+    path.write_text(as_jsonl(chosen))
+    return len(chosen)
+
+
+def as_jsonl(chosen: Sequence[Problem]) -> str:
+    """A row `{"id", "prompt", "answer"}` for each."""
+    rows = [{"id": one.prompt, "prompt": one.prompt, "answer": one.answer} for one in chosen]
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def careful(problem: Problem, rng: random.Random) -> str:
