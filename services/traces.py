@@ -26,7 +26,7 @@ def start(service: str) -> None:
     if asked in ("", "0"):
         return
     if asked != "1":
-        raise ValueError(f"RLIF_TRACES {asked}: 1 (trace) or 0")
+        raise ValueError(f"RLIF_TRACES {asked}: choose 1 (trace) or 0")
     if os.environ.get(PROTOCOL, SPOKEN) != SPOKEN:
         raise ValueError(f"{PROTOCOL} {os.environ[PROTOCOL]}: spans leave as {SPOKEN} alone; unset it")
     try:
