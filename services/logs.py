@@ -47,9 +47,14 @@ class JsonLines(logging.Formatter):
 
 def _line(level: str, logger: str, message: str, service: str, created: float) -> dict[str, Any]:
     time = datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    line = {"time": time, "level": level.lower(), "logger": logger, "service": service, "message": message}
     rid, place = request_id.get(), traces.here()
-    return line | ({} if rid == "-" else {"request_id": rid}) | ({"trace_id": place.split("-")[1]} if place else {})
+    return (
+        {"time": time, "level": level.lower(), "logger": logger}
+        | ({"service": service} if service else {})
+        | {"message": message}
+        | ({} if rid == "-" else {"request_id": rid})
+        | ({"trace_id": place.split("-")[1]} if place else {})
+    )
 
 
 def _dump(line: dict[str, Any]) -> str:

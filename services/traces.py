@@ -8,6 +8,7 @@ batches, from a thread, and are dropped when nobody takes them. A span's place i
 
 import os
 import socket
+import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -16,6 +17,10 @@ HEADER = "traceparent"
 PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
 SPOKEN = "http/protobuf"
 
+STOP_SECONDS = 5.0
+"""How long the end of a process waits for spans to leave; OpenTelemetry would wait 30 s for a collector that is gone."""
+
+_provider: Any = None
 _tracer: Any = None
 
 
@@ -40,11 +45,19 @@ def start(service: str) -> None:
 
     instance = f"{socket.gethostname()}-{os.getpid()}"
     resource = Resource.create({"service.name": f"rlif-{service}", "service.instance.id": instance})
-    provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    trace.set_tracer_provider(provider)
-    global _tracer
-    _tracer = provider.get_tracer("rlif")
+    global _provider, _tracer
+    _provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(_provider)
+    _tracer = _provider.get_tracer("rlif")
+
+
+def stop() -> None:
+    """Send what spans there still are, within STOP_SECONDS."""
+    if _provider is not None:
+        sending = threading.Thread(target=_provider.shutdown, name="last spans", daemon=True)
+        sending.start()
+        sending.join(STOP_SECONDS)
 
 
 def here() -> str:

@@ -223,6 +223,7 @@ def ask_until_seen(url: str, run: Run) -> dict[str, list[dict[str, Any]]]:
 # ---- Prometheus ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prometheus_sees_all_of_a_run_and_nothing_to_alert_of(watched):
     if watched.answers is None:
         pytest.skip("prometheus is not installed")
@@ -236,6 +237,7 @@ def test_prometheus_sees_all_of_a_run_and_nothing_to_alert_of(watched):
     assert {at["metric"]["service"] for at in watched.answers["rlif_weight_lag_versions"]} == {"rollout", "reward"}
 
 
+@pytest.mark.slow
 def test_trainer_and_orchestrator_were_ready(watched):
     assert [set(answer["dependencies"]) for answer in watched.ready.values()] == [
         {"redis", "model", "groups"},
@@ -247,6 +249,7 @@ def test_trainer_and_orchestrator_were_ready(watched):
 # ---- logs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_line_is_json_with_a_time_in_utc(watched):
     for part in PARTS:
         lines = watched.lines(part)
@@ -259,6 +262,7 @@ def test_every_line_is_json_with_a_time_in_utc(watched):
             assert 0 <= age.total_seconds() < 600
 
 
+@pytest.mark.slow
 def test_one_group_can_be_followed_through_all_services(watched):
     group = read_steps(watched.dir)[1]["group_ids"][0]
     seen = {part: [json.loads(text) for text in watched.lines(part) if group in text] for part in PARTS}
@@ -349,6 +353,7 @@ WAY = {  # span -> (service, name of its parent)
 }
 
 
+@pytest.mark.slow
 def test_one_trace_crosses_three_processes_and_the_trainer_links_to_it(watched):
     group = read_steps(watched.dir)[1]["group_ids"][0]
     (push,) = (
@@ -371,6 +376,7 @@ def test_one_trace_crosses_three_processes_and_the_trainer_links_to_it(watched):
     assert len(step.links) == len(step.attributes["rlif.group_ids"])
 
 
+@pytest.mark.slow
 def test_probes_and_scrapes_are_not_traced(watched):
     assert {span.name for span in watched.spans if span.name.startswith("GET")} <= {
         "GET /v1/model",
