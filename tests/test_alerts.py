@@ -58,7 +58,7 @@ CASES = {
     "RlifServiceDown": Case(10, down("reward"), down("trainer")),
     # Silent: the last step that was seen is within the last tenth, the run was done.
     "RlifRunDown": Case(15, down("orchestrator"), down("orchestrator", "50 95x19")),
-    "RlifRewardFailures": Case(30, scores("0+2x30", "0+98x30"), scores("0+1x30", "0+199x30", "0+900x30")),
+    "RlifRewardFailures": Case(30, scores("0+2x30", "0+98x30", "0+900x30"), scores("0+1x30", "0+199x30")),
     "RlifVerifierKills": Case(
         20,
         {'rlif_verifier_kills_total{instance="a",reason="died"}': "0+5x30"},
