@@ -18,7 +18,7 @@ PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
 SPOKEN = "http/protobuf"
 
 STOP_SECONDS = 5.0
-"""How long the end of a process waits for spans to leave; OpenTelemetry would wait 30 s for a collector that is gone."""
+"""How long a process that ends lets its spans leave; OpenTelemetry would give a lost collector 30 s."""
 
 _provider: Any = None
 _tracer: Any = None
