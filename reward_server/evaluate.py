@@ -15,6 +15,7 @@ from reward_server.rewards import REWARDS
 from reward_server.specs import SpecError, check_spec, is_routed
 from reward_server.token_scores import TokenScores
 from reward_server.workers import Turn, WorkerPool
+from services import trail
 from services.api import RewardGroup
 from services.contract import GroupScores, Outcome, Score
 from services.http import Problem
@@ -93,7 +94,8 @@ async def _term_scores(term: RewardTerm, params: Params, group: RewardGroup, con
         except Problem:
             raise
         except Exception as error:
-            log.exception("reward %s failed on group %s", term.key, group.group_id)
+            ids = {"group_id": group.group_id}
+            log.exception("reward %s failed on group %s", term.key, group.group_id, extra=ids)
             scores = [Score.failed(Outcome.error, f"{type(error).__name__}: {error}")] * len(group.completions)
         SECONDS.labels(term.name).observe(time.monotonic() - started)
     else:
@@ -150,6 +152,8 @@ async def score_groups(spec: RewardSpec, groups: list[RewardGroup], means: Means
         reason = unanimous(spec, {key: [score.value for score in scores] for key, scores in components.items()})
         if reason:
             SKIPPED.inc()
+        ids = {"spec_id": spec.spec_id, "scorer_weight_version": context.weight_version}
+        trail.note("is scored", group.group_id, weight_version=group.weight_version, **ids)
         return GroupScores(
             group_id=group.group_id,
             scores=combine_scores(spec, components, len(group.completions), version),

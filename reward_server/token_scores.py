@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from reward_server.scorer.items import ItemScores, TokenItem
 from reward_server.scorer.metrics import TOP_K, Preset
+from services import traces
 from services.api import RewardGroup
 from services.contract import Outcome, Score
 from services.http import Problem
@@ -71,7 +72,8 @@ class TokenScores:
             return found
         remaining = max(0.0, context.deadline - time.monotonic())
         try:
-            scored = await context.scorer.score(list(sound.values()), self.group.min_weight_version, remaining)
+            with traces.span("score tokens", group_id=self.group.group_id, items=len(sound)):
+                scored = await context.scorer.score(list(sound.values()), self.group.min_weight_version, remaining)
         except TimeoutError as error:
             raise Problem(504, "The scorer did not answer in time", str(error)) from error
         except ScoringFailed as error:

@@ -25,7 +25,7 @@ from reward_server.worker_process import HEADER
 
 log = logging.getLogger(__name__)
 
-QUEUE_DEPTH = Gauge("rlif_verifier_queue_depth", "Checks that wait for a verifier process", ["lane"])
+QUEUE_DEPTH = Gauge("rlif_verifier_waiting_checks", "Checks that wait for a verifier process", ["lane"])
 KILLS = Counter("rlif_verifier_kills_total", "Verifier processes replaced, by why", ["reason"])
 STOPPED = "stopped"
 PROCESSES = Gauge("rlif_verifier_processes", "Verifier processes that are up")

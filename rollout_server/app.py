@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from rollout_server.calls import CLIENT_GONE, ClientGone, measured, while_connected
 from rollout_server.engines.base import Engine, EngineSettings
 from rollout_server.prompts import rollout_prompts
+from services import trail
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
 from services.contract import Version
 from services.http import HttpSettings, Problem, StartupError, create_app, remaining_seconds
@@ -173,6 +174,9 @@ def _add_routes(app: FastAPI, engine: Engine, served: Served) -> None:
             model=engine.settings.served_name,
             weight_version=min(completion.weight_version for group in groups for completion in group),
         )
+        for prompt, completions in zip(prompts, groups, strict=True):
+            made = min(completion.weight_version for completion in completions)
+            trail.note("is generated", prompt.request_id, weight_version=made)
         return Response(await asyncio.to_thread(answer.model_dump_json), media_type="application/json")
 
     @app.get("/v1/model", tags=["rollouts"])

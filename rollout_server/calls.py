@@ -9,6 +9,7 @@ from fastapi import Request
 from prometheus_client import Counter, Gauge, Histogram
 
 from rollout_server.engines.base import Aborted, Engine
+from services import traces
 from services.contract import Completion
 from services.http import Problem
 
@@ -23,6 +24,12 @@ SECONDS = Histogram(
     "Time of one engine call, waiting included",
     ["engine"],
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+)
+BATCH = Histogram(
+    "rlif_rollout_call_completions",
+    "Completions that one engine call made",
+    ["engine"],
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
 )
 CALLS = Gauge("rlif_rollout_calls_in_flight", "Engine calls running or waiting", ["engine"])
 
@@ -40,12 +47,14 @@ async def measured(engine: Engine, work: Awaitable[list[list[Completion]]]) -> l
     started = time.perf_counter()
     CALLS.labels(engine.name).inc()
     try:
-        groups = await work
+        with traces.span("generate", engine=engine.name, weight_version=str(engine.version)):
+            groups = await work
     except Aborted as error:
         raise Problem(503, "The engine cannot generate", str(error), retry_after=2) from error
     finally:
         CALLS.labels(engine.name).dec()
     SECONDS.labels(engine.name).observe(time.perf_counter() - started)
+    BATCH.labels(engine.name).observe(sum(map(len, groups)))
     for completion in (completion for group in groups for completion in group):
         COMPLETIONS.labels(engine.name, completion.finish_reason).inc()
         TOKENS.labels(engine.name).inc(len(completion.token_ids))

@@ -26,7 +26,7 @@ import httpx
 import orjson
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from services import codec
+from services import codec, traces
 from services.api import (
     RewardEntry,
     RewardGroup,
@@ -43,6 +43,7 @@ from services.api import (
     SpecsList,
     SpecVersions,
 )
+from services.problem import request_id
 from services.spec import RewardSpec
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,12 @@ def _problem(response: httpx.Response) -> tuple[str, str, list[dict[str, str]]]:
     errors = [error for error in errors if isinstance(error, dict)] if isinstance(errors, list) else []
     request = f" (request id {body['request_id']})" if "request_id" in body else ""
     return str(body.get("title", response.reason_phrase)), f"{body.get('detail', '')}{request}".strip(), errors
+
+
+def _ids() -> dict[str, str]:
+    """By what the server's logs and traces can be joined with the caller's."""
+    rid, place = request_id.get(), traces.here()
+    return ({} if rid == "-" else {"X-Request-Id": rid}) | ({traces.HEADER: place} if place else {})
 
 
 class ServiceClient:
@@ -212,6 +219,7 @@ class ServiceClient:
     ) -> Answer:
         url = self.url + path
         headers = {"Accept": MSGPACK, "X-Deadline-Seconds": f"{max(remaining, 0.001):.3f}"}
+        headers |= _ids()
         token = (self.admin_token or self.token) if admin else self.token
         if token:
             headers["Authorization"] = f"Bearer {token}"

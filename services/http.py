@@ -33,7 +33,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services import codec
+from services import codec, traces
 from services.problem import Problem, problem_response, request_id, validation_problem
 
 log = logging.getLogger(__name__)
@@ -137,6 +137,12 @@ class _Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id.set(given if REQUEST_ID.match(given) else uuid.uuid4().hex)
+        if _is_open(scope["path"]):
+            return await self._handle(scope, headers, receive, send)
+        with traces.span(scope["method"], "server", parent=headers.get(traces.HEADER, "")):
+            await self._handle(scope, headers, receive, send)
+
+    async def _handle(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         started, status, finished = time.perf_counter(), 0, False
 
         async def answer(message: Message) -> None:
@@ -174,6 +180,16 @@ class _Gate:
             route = getattr(scope.get("route"), "path", None) or ("unmatched" if status == 404 else "other")
             REQUESTS.labels(self.service, route, str(status if finished else 499)).inc()
             SECONDS.labels(self.service, route).observe(seconds)
+            if counted:
+                traces.describe(
+                    f"{scope['method']} {route}",
+                    {
+                        "http.request.method": scope["method"],
+                        "http.route": route,
+                        "http.response.status_code": status,
+                        "rlif.request_id": request_id.get(),
+                    },
+                )
             level = logging.INFO if counted else logging.DEBUG
             log.log(level, "%s %s -> %s in %.3f s", scope["method"], _shown_path(scope), status or "gone", seconds)
 

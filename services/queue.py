@@ -19,7 +19,7 @@ from prometheus_client import Counter, Gauge
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from services import codec
+from services import codec, traces
 from services import queue_scripts as scripts
 from services.contract import ScoredGroup
 from services.keys import Keys
@@ -36,8 +36,8 @@ BATCH = 1000
 TELL_SECONDS = 30.0
 
 ENTRIES = Gauge("rlif_queue_groups", "Scored groups by state: queued, pending (delivered), dead", ["run", "state"])
-OLDEST = Gauge("rlif_queue_oldest_seconds", "Age of the oldest group that is not acknowledged", ["run"])
-DEAD = Counter("rlif_queue_dead_lettered", "Groups this process moved to the dead-letter stream", ["run"])
+OLDEST = Gauge("rlif_queue_oldest_age_seconds", "Age of the oldest group that is not acknowledged", ["run"])
+DEAD = Counter("rlif_queue_dead_lettered_total", "Groups this process moved to the dead-letter stream", ["run"])
 
 
 class Fenced(Exception):
@@ -46,10 +46,12 @@ class Fenced(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """A delivered group; `entry_id` is what checkpoints keep and `ack` takes."""
+    """A delivered group; `entry_id` is what checkpoints keep and `ack` takes. `trace` is the `traceparent` of the span
+    that pushed it, empty when that was not traced."""
 
     entry_id: str
     group: ScoredGroup
+    trace: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,14 @@ class GroupQueue:
     async def push(self, group: ScoredGroup) -> bool:
         """Append a group unless its id was pushed or buried before; False then (also when a first attempt of this
         very call took effect but redis went away before it could answer)."""
-        keys, payload = [self.keys.groups, self.keys.pushed], codec.pack(group)
-        return bool(
-            await self._run(scripts.PUSH, keys, [group.group_id, group.index, payload], f"push {group.group_id}")
-        )
+        keys = [self.keys.groups, self.keys.pushed]
+        arguments = [group.group_id, group.index, codec.pack(group), traces.here()]
+        return bool(await self._run(scripts.PUSH, keys, arguments, f"push {group.group_id}"))
 
     async def bury(self, group_id: str, index: int, reason: str, payload: bytes = b"") -> bool:
         """Give a group up: to the dead-letter stream, and never to be pushed again. False if it was pushed before."""
-        log.warning("group %s (index %d) is given up: %s", group_id, index, reason)
+        ids = {"group_id": group_id, "index": index}
+        log.warning("group %s (index %d) is given up: %s", group_id, index, reason, extra=ids)
         keys, arguments = [self.keys.dead, self.keys.pushed], [group_id, index, payload, reason]
         buried = bool(await self._run(scripts.BURY, keys, arguments, f"bury {group_id}"))
         DEAD.labels(self.run_id).inc(buried)
@@ -297,7 +299,7 @@ class GroupQueue:
             else:
                 del self._next[entry_id]
                 self._held.add(entry_id)
-                return Entry(entry_id, group)
+                return Entry(entry_id, group, fields.get(b"trace", b"").decode(errors="replace"))
         group_id, index = fields.get(b"id", b"?").decode(errors="replace"), fields.get(b"index", b"")
         keys = [self.keys.lineage, self.keys.groups, self.keys.dead, self.keys.attempts, self.keys.pushed]
         payload, place = fields.get(b"group", b""), index if index.isdigit() else b"0"
@@ -305,7 +307,8 @@ class GroupQueue:
         await self._script(scripts.DEAD_LETTER, keys, arguments)
         del self._next[entry_id]
         DEAD.labels(self.run_id).inc()
-        log.error("run %s: group %s (entry %s) is dead-lettered: %s", self.run_id, group_id, entry_id, reason)
+        what = f"run {self.run_id}: group {group_id} (entry {entry_id}) is dead-lettered: {reason}"
+        log.error("%s", what, extra={"group_id": group_id})
         return None
 
 

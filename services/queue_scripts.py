@@ -2,7 +2,9 @@
 
 PUSH = """
 if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 0 end
-local id = redis.call('XADD', KEYS[1], '*', 'id', ARGV[1], 'index', ARGV[2], 'group', ARGV[3])
+local fields = {'id', ARGV[1], 'index', ARGV[2], 'group', ARGV[3]}
+if ARGV[4] ~= '' then fields[7], fields[8] = 'trace', ARGV[4] end
+local id = redis.call('XADD', KEYS[1], '*', unpack(fields))
 redis.call('HSET', KEYS[2], ARGV[1], id)
 return 1
 """

@@ -15,6 +15,8 @@ from services.http import StartupError
 
 SERIES = "0.32"
 """The releases whose insides rlif's plug-ins know."""
+JSON_LOGGING = Path(__file__).with_name("vllm_logging.json")
+"""For the processes that vLLM starts, too: they know nothing of our own logging."""
 
 
 # ---- in the server's process -----------------------------------------------------------------------------------
@@ -33,6 +35,8 @@ def prepare(switch: str, plugin: str) -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if os.environ.get("RLIF_LOG_FORMAT") == "json":
+        os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(JSON_LOGGING))
     try:
         import vllm
     except ImportError as error:

@@ -17,6 +17,8 @@ def pytest_configure() -> None:
         raise pytest.UsageError("RLIF_REQUIRE_VLLM is set but vLLM is not installed: its tests would be skipped")
     if os.environ.get("RLIF_REQUIRE_BROWSER") and not (shutil.which("chromium") and shutil.which("chromedriver")):
         raise pytest.UsageError("RLIF_REQUIRE_BROWSER is set but chromium or chromedriver is missing")
+    if os.environ.get("RLIF_REQUIRE_PROMETHEUS") and not (shutil.which("prometheus") and shutil.which("promtool")):
+        raise pytest.UsageError("RLIF_REQUIRE_PROMETHEUS is set but prometheus or promtool is missing")
 
 
 @pytest.fixture(scope="session")

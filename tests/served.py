@@ -1,5 +1,6 @@
-"""A FastAPI app behind a real uvicorn server in a thread of the test process."""
+"""A FastAPI app behind a real uvicorn server in a thread of the test process; ports for others."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from services.http import listen
+from services.http import StartupError, listen
 
 
 @contextmanager
@@ -30,3 +31,16 @@ def served(app: FastAPI, deadline_seconds: float = 60) -> Iterator[str]:
         thread.join(20)
         bound.close()
         assert not thread.is_alive(), "the test server did not stop"
+
+
+@contextmanager
+def two_free_ports() -> Iterator[int]:
+    """A port and the next one."""
+    for port in range(20000 + os.getpid() % 10000, 60000, 2):
+        try:
+            with listen("127.0.0.1", port), listen("127.0.0.1", port + 1):
+                pass
+        except StartupError:
+            continue
+        yield port
+        return

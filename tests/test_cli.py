@@ -102,7 +102,7 @@ def test_refusals_are_one_line(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rlif", *map(str, arguments)])
     monkeypatch.delenv("RLIF_API_TOKEN", raising=False)
     monkeypatch.delenv("RLIF_REDIS_URL", raising=False)
-    monkeypatch.setattr("services.logs.configure", lambda *_: None)  # it would take over this process's logging
+    monkeypatch.setattr("services.logs.configure", lambda *_, **__: None)  # it would take over this process's logging
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 from fastapi import FastAPI
-from served import served
+from served import served, two_free_ports
 
 from reward_server import app as reward_app
 from services import http, recipe
@@ -584,19 +584,6 @@ async def test_a_named_spec_is_used(make_recipe, clean, rollouts, reward_server)
         await trainer.train(STEPS)
         assert await over(task) == 0
     assert set(trainer.steps[0][0].scores[0].components) == {"exact_match"}
-
-
-@contextmanager
-def two_free_ports():
-    """A port and the next one."""
-    for port in range(20000 + os.getpid() % 10000, 60000, 2):
-        try:
-            with http.listen("127.0.0.1", port), http.listen("127.0.0.1", port + 1):
-                pass
-        except StartupError:
-            continue
-        yield port
-        return
 
 
 async def test_metrics_and_status_are_served(make_recipe, clean, rollouts, reward_server):

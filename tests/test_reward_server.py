@@ -144,7 +144,7 @@ def test_metrics_count_outcomes_and_the_queue(rules):
     for line in [
         'rlif_reward_scores_total{outcome="correct",reward="math_verify"}',
         'rlif_reward_seconds_count{reward="math_verify"}',
-        'rlif_verifier_queue_depth{lane="fast"} 0.0',
+        'rlif_verifier_waiting_checks{lane="fast"} 0.0',
         "rlif_verifier_processes ",
     ]:
         assert line in text

@@ -6,17 +6,16 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from audit import read_steps, surviving
+from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 from scored_groups import make_groups, plain_training
 
@@ -195,12 +194,13 @@ def test_numbers_of_groups_leave_missing_scores_out():
             text="", token_ids=[1] * tokens, logprobs=[-1.0] * tokens, finish_reason=reason, weight_version=version
         )
 
-    failed = {"certainty": Score.failed("timeout", "slow"), "format": Score.of(0.5)}
+    failed = {"certainty": Score.failed("timeout", "slow"), "format": Score.of(0.5), "right": Score.of(0.0, "wrong")}
+    certain = {"certainty": Score.of(2.0), "right": Score.of(1.0, "correct")}
     group = group.model_copy(
         update={
             "completions": [completion(4, "stop", Version(version=3)), completion(2, "length", Version(version=5))],
             "scores": [
-                CompletionScore(components={"certainty": Score.of(2.0)}, reward=2.0, advantage=-1.0, valid=True),
+                CompletionScore(components=certain, reward=2.0, advantage=-1.0, valid=True),
                 CompletionScore(components=failed, reward=0.0, advantage=0.0, valid=False),
             ],
         }
@@ -215,13 +215,15 @@ def test_numbers_of_groups_leave_missing_scores_out():
         "staleness_max": 3,
         "components.certainty": 2.0,
         "components.format": 0.5,
+        "components.right": 0.5,
+        "accuracy.right": 0.5,
     }
 
 
 def test_a_torn_line_goes_and_the_next_stands_alone(tmp_path):
-    line = {"lineage": 1, "step": 2, "group_ids": ["a"], "tokens": 5, "seconds": {"wait": 0.1}, "loss": 0.5}
+    line = {"lineage": 1, "step": 2, "group_ids": ["a"], "tokens": 5, "completions": 2, "seconds": {}, "loss": 0.5}
     (tmp_path / "steps.jsonl").write_text('{"lineage": 0, "step": 1}\n{"lineage": 0, "st')
-    records = StepLog(tmp_path, recipe.Tracking(tensorboard=False), start=1)
+    records = StepLog(tmp_path, steps=9, start=1, tensorboard=False)
     records.write(line)
     with pytest.raises(ValueError):
         records.write({**line, "loss": math.nan})
@@ -229,25 +231,34 @@ def test_a_torn_line_goes_and_the_next_stands_alone(tmp_path):
     assert read_steps(tmp_path) == [{"lineage": 0, "step": 1}, line]
 
 
+def sample(name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(name, labels)
+
+
 def test_numbers_go_to_tensorboard_and_prometheus(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-        busy = recipe.Tracking(tensorboard=False, metrics_port=port)
-        probe.listen()
-        with pytest.raises(RecipeError, match=f"tracking.metrics_port: {port}"):
-            StepLog(tmp_path, busy, start=0)
-    records = StepLog(tmp_path, recipe.Tracking(metrics_port=port), start=0)
-    records.write({"lineage": 3, "step": 2, "group_ids": ["a"], "tokens": 5, "seconds": {"wait": 0.25}, "loss": 0.5})
+    records = StepLog(tmp_path, steps=9, start=1, tensorboard=True)
+    assert sample("rlif_trainer_planned_steps") == 9 and sample("rlif_trainer_step") == 1
+    seconds = {"wait": 0.25, "total": 0.25}
+    line = {"lineage": 3, "step": 2, "group_ids": ["a"], "tokens": 5, "completions": 2, "seconds": seconds, "loss": 0.5}
+    before = sample("rlif_trainer_tokens_total"), sample("rlif_trainer_phase_seconds_count", phase="wait") or 0
+    records.write({**line, "components.x": 2.0, "accuracy.x": 0.25, "components.y": 1.0})
+    assert sample("rlif_trainer_component", component="x") == 2 and sample("rlif_trainer_loss") == 0.5
+    assert sample("rlif_trainer_accuracy_ratio", component="x") == 0.25
+    assert math.isnan(sample("rlif_trainer_reward"))  # not in the line: no number, rather than the last one
+    records.write({**line, "step": 3, "components.y": 3.0})
+    assert sample("rlif_trainer_component", component="x") is None  # gone from the spec
+    assert sample("rlif_trainer_component", component="y") == 3
     records.close()
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    for line in ("rlif_trainer_step 2.0", 'rlif_trainer_value{name="loss"} 0.5', 'rlif_trainer_seconds{phase="wait"}'):
-        assert line in text
+    assert sample("rlif_trainer_step") == 3 and sample("rlif_trainer_lineage") == 3
+    assert sample("rlif_trainer_phase_seconds_count", phase="total") is None
+    after = sample("rlif_trainer_tokens_total"), sample("rlif_trainer_phase_seconds_count", phase="wait")
+    assert after == (before[0] + 10, before[1] + 2)
+    assert time.time() - sample("rlif_trainer_last_step_timestamp_seconds") < 60
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5), (3, 0.5)]
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------

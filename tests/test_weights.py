@@ -396,8 +396,8 @@ async def until(condition, seconds: float = 20) -> None:
             await asyncio.sleep(0.01)
 
 
-def metric(follower: Follower, name: str) -> float | None:
-    return REGISTRY.get_sample_value(name, {"service": follower.service})
+def metric(follower: Follower, name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(name, {"service": follower.service, **labels})
 
 
 async def test_a_follower_takes_every_version_it_sees(publisher, follower, server):
@@ -408,7 +408,7 @@ async def test_a_follower_takes_every_version_it_sees(publisher, follower, serve
         assert same(server.tensors, some_tensors(step))
     assert server.loads == [V(version=1), V(version=2), V(version=3)]
     assert metric(follower, "rlif_weight_version") == 3 and metric(follower, "rlif_weight_lineage") == 0
-    assert metric(follower, "rlif_weight_load_seconds") > 0
+    assert metric(follower, "rlif_weight_sync_seconds_count", phase="load") >= 1
     assert not metric(follower, "rlif_weight_versions_refused_total")
     assert follower.redis_state == "ok"
 

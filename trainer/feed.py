@@ -6,15 +6,18 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
 from services.redis import connect, insist, wait_for_redis
+from trainer.waits import GROUPS_PATIENCE_SECONDS, REDIS_PATIENCE_SECONDS, Waits
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 START_SECONDS = 120.0
 STATUS_PATIENCE_SECONDS = 300.0
@@ -23,21 +26,27 @@ STATUS_PATIENCE_SECONDS = 300.0
 class Feed:
     """The run's queue for a synchronous caller. After SIGTERM or SIGINT (see `graceful`) `pull` returns none."""
 
-    def __init__(self, redis_url: str, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, redis_url: str, recipe: Recipe, waits: Waits) -> None:
+        self.recipe, self.waits = recipe, waits
         self.runner = asyncio.Runner()
         self.redis = connect(redis_url)
         self.runner.run(wait_for_redis(self.redis, START_SECONDS))
+        waits.over("redis")
         self.queue = GroupQueue(self.redis, recipe.run.name, max_deliveries=recipe.queue.max_deliveries)
         self.started = time.monotonic()
         self.tokens_per_second = 0.0
         self.stopping = False
         self._waiting: asyncio.Task[Any] | None = None
 
+    def _ask(self, call: Coroutine[Any, Any, Result]) -> Result:
+        """A call that only a redis that is away makes long."""
+        with self.waits.on("redis", "no answer", REDIS_PATIENCE_SECONDS):
+            return self.runner.run(call)
+
     def claim(self, at_least: int, consumed: Sequence[str]) -> int:
         """Take the run over: a lineage of our own, and the entries an earlier trainer left."""
-        lineage = self.runner.run(self.queue.claim_lineage(at_least))
-        self.runner.run(self.queue.recover(set(consumed)))
+        lineage = self._ask(self.queue.claim_lineage(at_least))
+        self._ask(self.queue.recover(set(consumed)))
         return lineage
 
     def pull(self) -> list[Entry] | None:
@@ -45,8 +54,10 @@ class Feed:
 
         Raises DeadlineExceeded after `trainer.batch_deadline_seconds`.
         """
+        what = f"{self.recipe.trainer.groups_per_step} scored groups from the orchestrator"
         try:
-            entries = self.runner.run(self._pull())
+            with self.waits.on("groups", what, GROUPS_PATIENCE_SECONDS):
+                entries = self.runner.run(self._pull())
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
@@ -64,14 +75,14 @@ class Feed:
             self._waiting = None
 
     def begin(self, entries: Sequence[Entry]) -> None:
-        self.runner.run(self.queue.begin(entries))
+        self._ask(self.queue.begin(entries))
 
     def finish(self, entries: Sequence[Entry]) -> None:
-        self.runner.run(self.queue.finish(entries))
+        self._ask(self.queue.finish(entries))
 
     def ack(self, entry_ids: Sequence[str], lineage: int) -> None:
         """Raises Fenced when another trainer has taken the run over."""
-        self.runner.run(self.queue.ack(entry_ids, lineage))
+        self._ask(self.queue.ack(entry_ids, lineage))
 
     def report(self, state: str, step: int, lineage: int) -> None:
         """The trainer's field of the run's status hash, which console and command line read. States: `waiting` (for
@@ -89,7 +100,7 @@ class Feed:
         async def store() -> None:
             await self.redis.hset(self.queue.keys.status, "trainer", json.dumps(status))
 
-        self.runner.run(insist(store, f"run {self.recipe.run.name}: status", STATUS_PATIENCE_SECONDS))
+        self._ask(insist(store, f"run {self.recipe.run.name}: status", STATUS_PATIENCE_SECONDS))
 
     def stop(self, number: int, _frame: object) -> None:
         log.info("%s: stopping after this step", signal.Signals(number).name)

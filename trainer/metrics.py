@@ -1,40 +1,102 @@
 """What a step leaves behind: a line in `steps.jsonl` (the audit trail), TensorBoard, Prometheus. Rank 0 only."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import Counter, Gauge, start_http_server
+from prometheus_client import Counter, Gauge, Histogram
 
-from services.contract import ScoredGroup
-from services.recipe import RecipeError, Tracking
+from services.contract import Outcome, ScoredGroup
 from trainer.step import StepResult
 
 STEP = Gauge("rlif_trainer_step", "Optimizer steps done")
-LINEAGE = Gauge("rlif_trainer_lineage", "Lineage of the weights being trained")
-VALUES = Gauge(
-    "rlif_trainer_value", "Numbers of the last step: loss, kl, entropy, grad_norm, reward_mean, ...", ["name"]
+PLANNED = Gauge("rlif_trainer_planned_steps", "Optimizer steps the run is to make")
+STEP_AT = Gauge(
+    "rlif_trainer_last_step_timestamp_seconds", "Unix time at which the last step was done, or the trainer started"
 )
-SECONDS = Gauge("rlif_trainer_seconds", "Seconds of the last step by phase", ["phase"])
-TOKENS = Counter("rlif_trainer_tokens", "Prompt and completion tokens trained on")
-GROUPS = Counter("rlif_trainer_groups", "Scored groups trained on")
+STEP_AT.set_to_current_time()
+LINEAGE = Gauge("rlif_trainer_lineage", "Lineage of the weights being trained")
+
+
+def _unknown(name: str, documentation: str) -> Gauge:
+    """NaN until there is a step: a 0 would be a number."""
+    gauge = Gauge(name, documentation)
+    gauge.set(math.nan)
+    return gauge
+
+
+LAST = {
+    "loss": _unknown("rlif_trainer_loss", "Loss of the last step"),
+    "kl": _unknown("rlif_trainer_kl_nats", "KL from the reference policy (k3), mean over the last step's tokens"),
+    "entropy": _unknown("rlif_trainer_entropy_nats", "Entropy of the policy, mean over the last step's tokens"),
+    "clip_fraction": _unknown("rlif_trainer_clipped_ratio", "Share of the last step's tokens that the clip held"),
+    "ratio_mean": _unknown("rlif_trainer_policy_ratio_mean", "Policy over rollout probability, mean over tokens"),
+    "ratio_max": _unknown("rlif_trainer_policy_ratio_max", "Policy over rollout probability, largest of any token"),
+    "importance_mean": _unknown("rlif_trainer_importance_mean", "Truncated importance weight, mean over tokens"),
+    "importance_truncated": _unknown(
+        "rlif_trainer_importance_truncated_ratio", "Share of tokens whose importance weight was cut"
+    ),
+    "logprob_gap_mean": _unknown(
+        "rlif_trainer_logprob_gap_nats", "Trainer's against rollout's logprob of a token, mean absolute difference"
+    ),
+    "grad_norm": _unknown("rlif_trainer_gradient_norm", "Norm of the last step's gradient, before clipping"),
+    "lr": _unknown("rlif_trainer_learning_rate", "Learning rate of the last step"),
+    "micro_batches": _unknown("rlif_trainer_micro_batches", "Micro-batches of the last step on one rank"),
+    "padding": _unknown("rlif_trainer_padding_ratio", "Share of the last step's tokens that was padding"),
+    "reward_mean": _unknown("rlif_trainer_reward", "Weighted sum of components, mean over valid completions"),
+    "advantage_abs_mean": _unknown("rlif_trainer_advantage_magnitude", "Absolute advantage, mean of valid completions"),
+    "valid_fraction": _unknown("rlif_trainer_valid_ratio", "Share of completions that have a usable reward"),
+    "stop_share": _unknown("rlif_trainer_stopped_ratio", "Share of completions that ended by themselves"),
+    "completion_length": _unknown("rlif_trainer_completion_length_tokens", "Mean length of a completion"),
+    "staleness_mean": _unknown(
+        "rlif_trainer_staleness_versions",
+        "Versions from the policy that made a completion to the one trained, mean",
+    ),
+    "staleness_max": _unknown("rlif_trainer_staleness_max_versions", "The same, largest of any completion"),
+}
+"""By the name in `steps.jsonl`; NaN where the last step has no such number."""
+COMPONENTS = Gauge(
+    "rlif_trainer_component", "Raw value of a component of the reward, mean over the last step's groups", ["component"]
+)
+ACCURACY = Gauge(
+    "rlif_trainer_accuracy_ratio",
+    "Share of `correct` among the completions that a component judged correct, wrong or without an answer",
+    ["component"],
+)
+PHASES = Histogram(
+    "rlif_trainer_phase_seconds",
+    "Time of a step's phase: wait (for groups), pack, compute, optimizer, publish, checkpoint",
+    ["phase"],
+    buckets=(0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800),
+)
+TOKENS = Counter("rlif_trainer_tokens_total", "Prompt and completion tokens trained on")
+COMPLETIONS = Counter("rlif_trainer_completions_total", "Completions trained on")
+GROUPS = Counter("rlif_trainer_groups_total", "Scored groups trained on")
+
+JUDGED = frozenset({Outcome.correct, Outcome.wrong, Outcome.no_answer})
 
 
 def of_groups(groups: Sequence[ScoredGroup], step: int) -> dict[str, float | None]:
     """Numbers of the groups that optimizer step `step` (the first is 1) was made from.
 
-    Rewards and components are means over those that have a value, none where none has. Staleness is in versions,
-    between the weights that made a completion and those it trains. Lengths are in tokens, over all completions.
+    Rewards and components are means over those that have a value, none where none has; accuracies are shares of
+    `correct` among those that were judged. Staleness is in versions, between the weights that made a completion and
+    those it trains. Lengths are in tokens, over all completions.
     """
     completions = [completion for group in groups for completion in group.completions]
     scores = [score for group in groups for score in group.scores]
     components: dict[str, list[float]] = {}
+    judged: dict[str, list[bool]] = {}
     for score in scores:
         for name, component in score.components.items():
-            components.setdefault(name, []).extend([] if component.value is None else [component.value])
+            if component.value is not None:
+                components.setdefault(name, []).append(component.value)
+            if component.outcome in JUDGED:
+                judged.setdefault(name, []).append(component.outcome == Outcome.correct)
     staleness = [step - 1 - completion.weight_version.version for completion in completions]
     return {
         "reward_mean": _mean([score.reward for score in scores if score.reward is not None]),
@@ -44,7 +106,8 @@ def of_groups(groups: Sequence[ScoredGroup], step: int) -> dict[str, float | Non
         "completion_length": _mean([len(completion.token_ids) for completion in completions]),
         "staleness_mean": _mean(staleness),
         "staleness_max": max(staleness, default=None),
-        **{f"components.{name}": _mean(values) for name, values in sorted(components.items()) if values},
+        **{f"components.{name}": _mean(values) for name, values in sorted(components.items())},
+        **{f"accuracy.{name}": _mean(correct) for name, correct in sorted(judged.items())},
     }
 
 
@@ -71,24 +134,20 @@ def record(
 class StepLog:
     """Appends records. A line is on disk when `write` returns: it must be there before a checkpoint that holds its
     step.
-
-    Raises RecipeError when `tracking.metrics_port` is taken.
     """
 
-    def __init__(self, run_dir: Path, tracking: Tracking, start: int):
+    def __init__(self, run_dir: Path, steps: int, start: int, tensorboard: bool):
         path = run_dir / "steps.jsonl"
         _drop_torn_line(path)
         self.file = path.open("ab")
         self.board = None
-        if tracking.tensorboard:
+        if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
-        if tracking.metrics_port is not None:
-            try:
-                start_http_server(tracking.metrics_port)
-            except OSError as error:
-                raise RecipeError(f"tracking.metrics_port: {tracking.metrics_port}: {error.strerror}") from error
+        self._shown: dict[Gauge, set[str]] = {}
+        PLANNED.set(steps)
+        STEP.set(start)
 
     def write(self, line: dict[str, Any]) -> None:
         """Raises ValueError for NaN and infinity."""
@@ -96,20 +155,38 @@ class StepLog:
         self.file.flush()
         os.fsync(self.file.fileno())
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
-        STEP.set(line["step"])
-        LINEAGE.set(line["lineage"])
-        for name, value in numbers.items():
-            VALUES.labels(name).set(value)
-        for phase, value in line["seconds"].items():
-            SECONDS.labels(phase).set(value)
-        TOKENS.inc(line["tokens"])
-        GROUPS.inc(len(line["group_ids"]))
+        self._export(line)
         if self.board is not None:
             for name, value in numbers.items():
                 self.board.add_scalar(name.replace(".", "/"), value, line["step"])
             for phase, value in line["seconds"].items():
                 self.board.add_scalar(f"seconds/{phase}", value, line["step"])
             self.board.flush()
+
+    def _export(self, line: dict[str, Any]) -> None:
+        STEP.set(line["step"])
+        STEP_AT.set_to_current_time()
+        LINEAGE.set(line["lineage"])
+        for name, gauge in LAST.items():
+            value = line.get(name)
+            gauge.set(math.nan if value is None else value)
+        self._export_labelled(COMPONENTS, "components.", line)
+        self._export_labelled(ACCURACY, "accuracy.", line)
+        for phase, seconds in line["seconds"].items():
+            if phase != "total":
+                PHASES.labels(phase).observe(seconds)
+        TOKENS.inc(line["tokens"])
+        COMPLETIONS.inc(line["completions"])
+        GROUPS.inc(len(line["group_ids"]))
+
+    def _export_labelled(self, gauge: Gauge, prefix: str, line: dict[str, Any]) -> None:
+        """The spec may change in mid-run: a component that is gone must not keep its last value."""
+        values = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+        for gone in self._shown.get(gauge, set()) - values.keys():
+            gauge.remove(gone)
+        for component, value in values.items():
+            gauge.labels(component).set(value)
+        self._shown[gauge] = set(values)
 
     def close(self) -> None:
         self.file.close()

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from services import traces, trail
 from services.contract import Version
 from services.queue import Entry
 from services.recipe import Recipe, RecipeError
 from services.redis import connect_sync
+from services.status import serving_status
 from services.weights.publish import Publisher
 from trainer import checkpoint, metrics, policy
 from trainer import engine as engines
@@ -27,6 +29,7 @@ from trainer.checkpoint import Progress
 from trainer.feed import Feed, graceful
 from trainer.ranks import Ranks, join
 from trainer.step import StepResult, train_step
+from trainer.waits import Waits
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +42,23 @@ def main(recipe: Recipe, redis_url: str, resume: bool = False) -> int:
 
     One process, or one of the ranks that torchrun started. With `resume` it goes on from the newest checkpoint in
     `run.dir`, in a new lineage; from the start when there is none. Raises RecipeError (what is asked for cannot run),
-    DeadlineExceeded (no groups, no redis), Fenced (another trainer took over), NotFinite (the loss broke).
+    StartupError (the metrics port is taken), DeadlineExceeded (no groups, no redis), Fenced (another trainer took
+    over), NotFinite (the loss broke).
     """
     engines.check(recipe)
     _refuse_used_folder(recipe, resume)
     with join(recipe.trainer) as ranks, ExitStack() as stack:
-        feed = Feed(redis_url, recipe) if ranks.first else None
+        waits = Waits()
+        if ranks.first and recipe.tracking.metrics_port is not None:
+            stack.enter_context(serving_status("trainer", recipe.tracking.metrics_port, waits.states))
+        feed = Feed(redis_url, recipe, waits) if ranks.first else None
         if feed is not None:
             stack.callback(feed.close)
         stack.enter_context(graceful(feed))
-        return _train(recipe, redis_url, resume, ranks, feed)
+        return _train(recipe, redis_url, resume, ranks, feed, waits)
 
 
-def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Feed | None) -> int:
+def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Feed | None, waits: Waits) -> int:
     run_dir, trainer = recipe.run.dir, recipe.trainer
     _seed(recipe)
     trained = policy.load(recipe.model, trainer.gradient_checkpointing)
@@ -59,12 +66,13 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
     reference = engines.start_frozen(policy.reference(recipe.model), recipe, ranks) if trainer.kl_beta > 0 else None
     progress = _restore(engine, recipe, resume, ranks, feed)
     start = progress.step
+    waits.over("model")
 
     publisher, records, files = None, None, run_dir / "model"
     if ranks.first:
         policy.save_files(recipe.model, files)
         publisher = Publisher(connect_sync(redis_url), recipe.run.name, recipe.weights_dir, recipe.weights.keep)
-        records = metrics.StepLog(run_dir, recipe.tracking, start)
+        records = metrics.StepLog(run_dir, trainer.steps, start, recipe.tracking.tensorboard)
     seconds = {"publish": _publish(publisher, trained, progress, files, trainer.zero_stage == 3)}
 
     durable = progress.step
@@ -75,11 +83,12 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
             break
         seconds["wait"] = time.perf_counter() - began
 
-        result = train_step(engine, reference, batch, progress.step, trainer, ranks)
-        progress.step += 1
-        progress.unacknowledged += [entry.entry_id for entry in entries]
-
-        seconds["publish"] = _publish(publisher, trained, progress, files, trainer.zero_stage == 3)
+        named: dict[str, Any] = {"step": progress.step + 1, "group_ids": [entry.group.group_id for entry in entries]}
+        with traces.span("train step", "consumer", links=[entry.trace for entry in entries], **named):
+            result = train_step(engine, reference, batch, progress.step, trainer, ranks)
+            progress.step += 1
+            progress.unacknowledged += [entry.entry_id for entry in entries]
+            seconds["publish"] = _publish(publisher, trained, progress, files, trainer.zero_stage == 3)
         if feed is not None and records is not None:
             _note(feed, records, progress, start, entries, result, seconds)
         seconds = {}
@@ -161,7 +170,8 @@ def _publish(
     began = time.perf_counter()
     if publisher is not None:
         version = Version(lineage=progress.lineage, version=progress.step)
-        publisher.publish(version, policy.tensors(trained, gather), files)
+        with traces.span("publish weights", weight_version=str(version)):
+            publisher.publish(version, policy.tensors(trained, gather), files)
     elif gather:
         for _ in policy.tensors(trained, gather):
             pass
@@ -179,6 +189,10 @@ def _note(
 ) -> None:
     """Before the checkpoint, or a step could survive without its line."""
     feed.finish(entries)
+    for entry in entries:
+        made = min(completion.weight_version for completion in entry.group.completions)
+        ids = {"index": entry.group.index, "spec_id": entry.group.spec_id, "step": progress.step}
+        trail.note("is trained", entry.group.group_id, weight_version=made, **ids)
     groups = [entry.group for entry in entries]
     line = metrics.record(progress.lineage, start, progress.step, groups, result, seconds)
     records.write(line)

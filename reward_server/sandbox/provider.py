@@ -17,7 +17,7 @@ FAULTS = frozenset({"deadline", "error"})
 """What became of the sandbox, not of the program: such a case says nothing about the program."""
 
 CASES = Counter("rlif_sandbox_cases_total", "Cases run, by what became of them", ["status"])
-WAITING = Gauge("rlif_sandbox_waiting", "Programs that wait for a free place")
+WAITING = Gauge("rlif_sandbox_waiting_programs", "Programs that wait for a free place")
 
 
 class Program(Wire):

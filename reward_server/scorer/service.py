@@ -22,6 +22,7 @@ from prometheus_client import Gauge, Histogram
 from reward_server.scorer.base import FAILURES, TOKENS, Follow, Scored, ScoringFailed, Service
 from reward_server.scorer.items import Abandoned, TokenItem
 from reward_server.scorer.transformers import TransformersScorer
+from services import traces
 from services.contract import Version
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class _Call:
     items: Sequence[TokenItem]
     tokens: int
     answer: asyncio.Future[Scored]
+    trace: str
 
 
 class ScorerService(Service):
@@ -107,7 +109,7 @@ class ScorerService(Service):
         return len(self._calls)
 
     async def _answer(self, items: Sequence[TokenItem], tokens: int) -> Scored:
-        call = _Call(items, tokens, asyncio.get_running_loop().create_future())
+        call = _Call(items, tokens, asyncio.get_running_loop().create_future(), traces.here())
         self._calls.append(call)
         WAITING.set(len(self._calls))
         self._arrived.set()
@@ -154,8 +156,11 @@ class ScorerService(Service):
         def unwanted() -> bool:
             return all(call.answer.done() for call in calls)
 
+        parent, *others = (call.trace for call in calls)
         try:
-            results, version = await self._in_thread(lambda: (self.scorer.score(items, unwanted), self.scorer.version))
+            with traces.span("scorer round", parent=parent, links=others, calls=len(calls), items=len(items)):
+                score = lambda: (self.scorer.score(items, unwanted), self.scorer.version)  # noqa: E731
+                results, version = await self._in_thread(score)
         except Abandoned:
             return
         except _Stuck as error:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from services import traces
 from services.cli import demo, recipes, run, score, serve
 from services.http import StartupError
 from services.recipe import RecipeError
@@ -65,6 +66,8 @@ def main() -> None:
             raise
         sys.stderr.write(f"rlif: this needs `{error.name}`: install the extra rlif[{extras[error.name or '']}]\n")
         sys.exit(EXIT_REFUSED)
+    finally:
+        traces.stop()
 
 
 if __name__ == "__main__":

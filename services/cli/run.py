@@ -11,6 +11,7 @@ from rich.console import Console
 
 from services import logs, recipe
 from services.cli.recipes import check_rewards
+from services.cli.watch import watch
 from services.http import StartupError
 from services.supervisor import die_with_parent
 
@@ -64,7 +65,7 @@ def _addresses(chosen: recipe.Recipe, *needed: str) -> None:
 
 def orchestrate(recipe_path: RecipePath, overrides: Overrides = None) -> None:
     """Run the orchestrator alone: tasks to rollouts to rewards to the queue."""
-    logs.configure()
+    watch("orchestrator")
     chosen = recipe.load(recipe_path, overrides)
     _addresses(chosen, "queue.url", "rollout.urls", "scorer.urls")
     from services.orchestrator.run import main
@@ -78,7 +79,7 @@ def train(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume =
     """Run the trainer alone, in one process or as one rank under torchrun."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         die_with_parent()  # a torchrun that was killed leaves its ranks behind
-    logs.configure()
+    watch("trainer")
     chosen = recipe.load(recipe_path, overrides)
     _addresses(chosen, "queue.url")
     from trainer.train import main

@@ -9,7 +9,8 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from services import http, logs, recipe
+from services import http, recipe
+from services.cli.watch import watch
 from services.spec import RewardSpec
 
 app = typer.Typer(no_args_is_help=True, help="Start one server.")
@@ -111,7 +112,7 @@ def reward(
 
     Without --model it serves the rewards that need none.
     """
-    logs.configure()
+    watch("reward")
     _check_follow(follow, run)
     _check_choice("--device", device, DEVICES)
     _check_choice("--dtype", dtype, DTYPES)
@@ -198,7 +199,7 @@ def rollout(
     recipe_file: RecipeFile = None,
 ) -> None:
     """Generate groups of completions over HTTP, with token ids and logprobs; OpenAI routes beside them."""
-    logs.configure()
+    watch("rollout")
     _check_follow(follow, run)
     _check_choice("--device", device, DEVICES)
     _check_choice("--dtype", dtype, DTYPES)
@@ -262,7 +263,7 @@ def sandbox(
     host: Host = "127.0.0.1",
 ) -> None:
     """Run untrusted programs for reward servers (their --sandbox http://HOST:PORT), each in namespaces of its own."""
-    logs.configure()
+    watch("sandbox")
     from reward_server.sandbox import app as sandbox_app
     from reward_server.sandbox.bubblewrap import TOOLS, Bubblewrap
 

@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from services import traces, trail
 from services.api import CompletionText, RewardGroup, RolloutRequest
 from services.clients import Refused, RewardClient, RolloutClient, ServerFault, pause_before
 from services.contract import Group, GroupScores, Sampling, ScoredGroup, Version, group_seed
@@ -15,6 +17,7 @@ from services.orchestrator.pacing import Pace
 from services.orchestrator.progress import GROUPS, SECONDS, Tally, Watch, made_by, newest_of
 from services.orchestrator.routing import RETRIES
 from services.orchestrator.servers import Servers
+from services.problem import request_id
 from services.queue import GroupQueue
 from services.recipe import Recipe
 
@@ -75,19 +78,15 @@ async def finish(chunk: Chunk, desk: Desk) -> None:
     """
     indices = chunk.indices
     desk.tally.note_in_flight(len(indices))
+    request_id.set(uuid.uuid4().hex)  # of all the chunk's calls, and in both servers' logs
     try:
         while indices:
-            groups = await _generate(desk, indices, await _weights(chunk, desk, indices))
-            fresh = [group for group in groups if made_by(group) >= desk.required(group.index)]
-            scored = await _score(desk, fresh)
-            # Scoring took a while: the lineage may have changed again.
-            ready = [group for group in scored if made_by(group) >= desk.required(group.index)]
-            kept = {group.group_id for group in scored}
-            dead = [group for group in fresh if group.group_id not in kept]
-            for group in ready:
-                await _push(desk, group)
-            done = {group.index for group in [*ready, *dead]}
-            left = [group.index for group in groups if group.index not in done]
+            # Waiting for the weights is no part of the groups' way.
+            least = await _weights(chunk, desk, indices)
+            ids = [desk.source.group_id(index) for index in indices]
+            spec = desk.servers.spec_name
+            with traces.span("chunk", parent="", group_ids=ids, spec=spec, weight_version=str(least)):
+                left = await _once(desk, indices, least)
             if left:
                 GROUPS.labels("stale").inc(len(left))
                 log.info("%d groups were made by weights of an outlived lineage: asking again", len(left))
@@ -95,6 +94,21 @@ async def finish(chunk: Chunk, desk: Desk) -> None:
             indices = left
     finally:
         desk.tally.note_in_flight(-len(indices))
+
+
+async def _once(desk: Desk, indices: list[int], least: Version) -> list[int]:
+    """The groups' whole way, once; returns those that have to be asked for again."""
+    groups = await _generate(desk, indices, least)
+    fresh = [group for group in groups if made_by(group) >= desk.required(group.index)]
+    scored = await _score(desk, fresh)
+    # Scoring took a while: the lineage may have changed again.
+    ready = [group for group in scored if made_by(group) >= desk.required(group.index)]
+    kept = {group.group_id for group in scored}
+    dead = [group for group in fresh if group.group_id not in kept]
+    for group in ready:
+        await _push(desk, group)
+    done = {group.index for group in [*ready, *dead]}
+    return [group.index for group in groups if group.index not in done]
 
 
 async def _weights(chunk: Chunk, desk: Desk, indices: list[int]) -> Version:
@@ -144,7 +158,9 @@ async def _generate(desk: Desk, indices: list[int], least: Version) -> list[Grou
                 raise ServerFault(client.url, f"made by weights {oldest}, {least} were asked for", "version")
             return made
 
-        return await _timed("rollout", desk.servers.rollouts.call(call))
+        ids = [asked.group_id for asked in requests]
+        with traces.span("rollout call", "client", group_ids=ids, weight_version=str(least)):
+            return await _timed("rollout", desk.servers.rollouts.call(call))
 
     requests = [request(group_id, index) for group_id, index in place.items()]
     return await _ask_each(desk, "rollout", requests, lambda item: place[item.group_id], ask)
@@ -170,7 +186,9 @@ async def _score(desk: Desk, groups: list[Group]) -> list[ScoredGroup]:
                     raise ServerFault(client.url, f"scored by weights {served}, {least} were asked for", "version")
             return scores
 
-        scores = await _timed("reward", desk.servers.rewards.call(call))
+        ids = [group.group_id for group in groups]
+        with traces.span("reward call", "client", group_ids=ids, spec=spec):
+            scores = await _timed("reward", desk.servers.rewards.call(call))
         return [ScoredGroup.join(group, score) for group, score in zip(groups, scores, strict=True)]
 
     return await _ask_each(desk, "reward", groups, lambda item: item.index, ask) if groups else []
@@ -235,8 +253,12 @@ async def _timed(service: str, call: Awaitable[Answer]) -> Answer:
 
 
 async def _push(desk: Desk, group: ScoredGroup) -> None:
-    if await desk.queue.push(group):
-        desk.tally.note_pushed(group, desk.watch.version or made_by(group))
+    made = made_by(group)
+    with traces.span("queue push", "producer", group_id=group.group_id, weight_version=str(made)):
+        is_new = await desk.queue.push(group)
+    if is_new:
+        desk.tally.note_pushed(group, desk.watch.version or made)
+        trail.note("is pushed", group.group_id, index=group.index, spec_id=group.spec_id, weight_version=made)
     else:
         GROUPS.labels("duplicate").inc()
 

@@ -4,19 +4,14 @@ import asyncio
 import bisect
 import logging
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
-import uvicorn
 from prometheus_client import Counter, Gauge, Histogram
 
-from services import http
 from services.contract import Group, ScoredGroup, Version
 from services.keys import Keys
 from services.queue import Depth, GroupQueue
@@ -38,6 +33,9 @@ SECONDS = Histogram(
     ["service"],
     buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
 )
+LAG = Gauge(
+    "rlif_weight_lag_versions", "Published weight versions that a replica does not serve yet", ["service", "replica"]
+)
 TOKENS = Counter("rlif_orchestrator_completion_tokens_total", "Completion tokens pushed")
 
 SPEED_SECONDS = 30.0
@@ -54,6 +52,13 @@ def newest_of(group: Group) -> Version:
     """The newest version that made any token of the group."""
     spans = (span.weight_version for completion in group.completions for span in completion.version_spans)
     return max([*(completion.weight_version for completion in group.completions), *spans])
+
+
+def lag(newest: Version | None, served: Version | None) -> int:
+    """Versions that `served` (none: the base model) is behind; at least 1 when it is of an outlived lineage."""
+    if newest is None or (served is not None and served >= newest):
+        return 0
+    return max(1, newest.version - (served.version if served else -1))
 
 
 @dataclass
@@ -109,6 +114,7 @@ class Watch:
         self.trainer: dict[str, Any] = {}
         self.extra: dict[str, Any] = {}
         self._dead_count = -1
+        self._lagging: set[tuple[str, str]] = set()
         self._told = self._heard = 0.0
 
     def dead_below(self, index: int) -> int:
@@ -129,8 +135,18 @@ class Watch:
         if self.depth.dead != self._dead_count:
             self._dead_count = self.depth.dead
             self.dead = sorted({group.index for group in await self.queue.dead()})
+        self._note_lags()
         self._heard = time.monotonic()
         self.wake.set()
+
+    def _note_lags(self) -> None:
+        """Replicas that are gone leave the metric, too."""
+        found = {(beat.service, beat.replica): lag(self.version, beat.version) for beat in self.followers}
+        for gone in self._lagging - found.keys():
+            LAG.remove(*gone)
+        for labels, versions in found.items():
+            LAG.labels(*labels).set(versions)
+        self._lagging = set(found)
 
     async def _read(self) -> tuple[Version | None, Any, Any, list[Heartbeat]]:
         run_id = self.keys.run_id
@@ -191,33 +207,3 @@ async def _listen(news: Any, channel: str, seconds: float) -> None:
     if not news.subscribed:
         await news.subscribe(channel)
     await news.get_message(ignore_subscribe_messages=True, timeout=seconds)
-
-
-@contextmanager
-def serving_status(
-    port: int, status: Callable[[], dict[str, Any]], ready: Callable[[], dict[str, str]]
-) -> Iterator[int]:
-    """Health, metrics and `GET /v1/status` on `port` (0: any free one, yielded), in a thread beside the event loop.
-
-    Listens beyond loopback when RLIF_API_TOKEN is set. Raises StartupError when the port is taken.
-    """
-    host = "0.0.0.0" if os.environ.get("RLIF_API_TOKEN") else "127.0.0.1"
-    app = http.create_app("orchestrator", "0.1.0", http.settings_from_environment(host), ready)
-
-    @app.get("/v1/status", tags=["run"])
-    async def run_status() -> dict[str, Any]:
-        """Groups pushed and in flight, speed, queue, versions of the followers."""
-        return status()
-
-    bound = http.listen(host, port)
-    # In a thread uvicorn leaves the process's signals alone.
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="status", daemon=True)
-    thread.start()
-    log.info("status and metrics on http://%s:%d", host, bound.getsockname()[1])
-    try:
-        yield bound.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        bound.close()

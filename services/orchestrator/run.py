@@ -19,11 +19,12 @@ from services.keys import Keys
 from services.orchestrator import data
 from services.orchestrator.chunk import Chunk, Desk, RunFailed, finish
 from services.orchestrator.pacing import Pace
-from services.orchestrator.progress import Tally, Watch, serving_status
+from services.orchestrator.progress import Tally, Watch
 from services.orchestrator.servers import Servers
 from services.queue import GroupQueue
 from services.recipe import Recipe
 from services.redis import DeadlineExceeded, cancel, connect, wait_for_redis
+from services.status import serving_status
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ async def orchestrate(recipe: Recipe, rollout_urls: list[str], reward_urls: list
         with ExitStack() as stack:
             if recipe.tracking.metrics_port is not None:
                 # The recipe's port itself is the trainer's.
-                stack.enter_context(serving_status(recipe.tracking.metrics_port + 1, watch.status, watch.ready))
+                port = recipe.tracking.metrics_port + 1
+                stack.enter_context(serving_status("orchestrator", port, watch.ready, watch.status))
             try:
                 return await Loop(desk, wake, stops).run()
             finally:

@@ -11,10 +11,12 @@ from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from services import traces
 from services.contract import Version, WeightVersion
 from services.keys import Keys
 from services.redis import PASSING, DeadlineExceeded, cancel, connect
 from services.weights import pointer
+from services.weights.seconds import SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +28,7 @@ LONGEST_PAUSE_SECONDS = 60.0
 
 VERSION = Gauge("rlif_weight_version", "Optimizer step of the served weights", ["service"])
 LINEAGE = Gauge("rlif_weight_lineage", "Lineage of the served weights", ["service"])
-LOAD_SECONDS = Gauge("rlif_weight_load_seconds", "Time the newest load took, checks included", ["service"])
-REFUSED = Counter("rlif_weight_versions_refused", "Weight versions that were not taken", ["service"])
+REFUSED = Counter("rlif_weight_versions_refused_total", "Weight versions that were not taken", ["service"])
 
 
 class Follower:
@@ -127,29 +128,33 @@ class Follower:
             await self._take(weights)
 
     async def _take(self, weights: WeightVersion) -> None:
-        started, directory = time.monotonic(), Path(weights.location)
+        directory = Path(weights.location)
         if weights.transport != "disk":
             return self._refuse(weights.id, f"transport {weights.transport!r} is not known here, only 'disk'")
         from services.weights import disk
 
+        started = time.monotonic()
         try:
             await asyncio.to_thread(disk.verify, directory, weights.manifest)
         except disk.DamagedWeights as error:
             if await pointer.newest_version(self._redis, self.run_id) == weights.id:  # else it is gone for good reason
                 self._refuse(weights.id, str(error))
             return
+        verified = time.monotonic()
         self._loading = asyncio.ensure_future(self.load(weights.id, directory))
         try:
-            await asyncio.shield(self._loading)
+            with traces.span("load weights", weight_version=str(weights.id)):
+                await asyncio.shield(self._loading)
         except Exception as error:
             log.exception("%s: loading weights %s failed", self.replica, weights.id)
             return self._refuse(weights.id, f"loading failed: {error!r}")
         self.version, self._refused, self._attempts, self.refusal = weights.id, None, 0, ""
-        seconds = time.monotonic() - started
+        ended = time.monotonic()
         VERSION.labels(self.service).set(weights.version)
         LINEAGE.labels(self.service).set(weights.lineage)
-        LOAD_SECONDS.labels(self.service).set(seconds)
-        log.info("%s: serving weights %s after %.2f s", self.replica, weights.id, seconds)
+        SECONDS.labels(self.service, "verify").observe(verified - started)
+        SECONDS.labels(self.service, "load").observe(ended - verified)
+        log.info("%s: serving weights %s after %.2f s", self.replica, weights.id, ended - started)
         async with self._changed:
             self._changed.notify_all()
         await self._beat()

@@ -15,6 +15,7 @@ from redis import Redis
 from services.contract import Version, WeightVersion
 from services.redis import insist_sync
 from services.weights import disk, pointer
+from services.weights.seconds import SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,6 @@ Result = TypeVar("Result")
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
 
 PUBLISHED = Gauge("rlif_weight_published_version", "Newest version this trainer published", ["run"])
-SECONDS = Gauge("rlif_weight_publish_seconds", "Time the newest publication took", ["run"])
 
 
 class Superseded(Exception):
@@ -78,15 +78,18 @@ class Publisher:
         disk.sync(draft)
         draft.rename(target)
         disk.sync(self.directory)
+        written = time.monotonic()
         if not self._insist(lambda: pointer.advance(self.redis, weights), f"publish weights {version}"):
             shutil.rmtree(target)
             raise Superseded(
                 f"run {self.run_id}: weights {version} are outdated, a newer version was published meanwhile"
             )
+        ended = time.monotonic()
         self._clean()
         PUBLISHED.labels(self.run_id).set(version.version)
-        SECONDS.labels(self.run_id).set(time.monotonic() - started)
-        log.info("run %s: published weights %s in %.2f s", self.run_id, version, time.monotonic() - started)
+        SECONDS.labels("trainer", "write").observe(written - started)
+        SECONDS.labels("trainer", "announce").observe(ended - written)
+        log.info("run %s: published weights %s in %.2f s", self.run_id, version, ended - started)
         return weights
 
     def _insist(self, call: Callable[[], Result], what: str) -> Result:

@@ -1,0 +1,53 @@
+"""Health, readiness and metrics of a process that is no server: a small app in a thread beside its work."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import uvicorn
+
+from services import http
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def serving_status(
+    service: str,
+    port: int,
+    ready: Callable[[], dict[str, str]],
+    status: Callable[[], dict[str, Any]] | None = None,
+) -> Iterator[int]:
+    """`/healthz`, `/readyz`, `/metrics` and, with `status`, `GET /v1/status` on `port` (0: any free one, yielded).
+
+    Both functions are called in another thread than the caller's. Listens beyond loopback when RLIF_API_TOKEN is set.
+    Raises StartupError when the port is taken.
+    """
+    host = "0.0.0.0" if os.environ.get("RLIF_API_TOKEN") else "127.0.0.1"
+    app = http.create_app(service, version("rlif"), http.settings_from_environment(host), ready)
+    if status is not None:
+
+        @app.get("/v1/status", tags=["run"])
+        async def run_status() -> dict[str, Any]:
+            """What the process has done, and where the run stands."""
+            return status()
+
+    try:
+        bound = http.listen(host, port)
+    except http.StartupError as error:
+        raise http.StartupError(f"tracking.metrics_port: the {service} {error}") from error
+    # In a thread uvicorn leaves the process's signals alone.
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="status", daemon=True)
+    thread.start()
+    log.info("status and metrics on http://%s:%d", host, bound.getsockname()[1])
+    try:
+        yield bound.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        bound.close()
