@@ -3,6 +3,7 @@
 Delivery is at least once; the effect is exactly once a lineage, because the consumer keeps the ids of the entries it
 consumed in its checkpoint and hands them to `recover`. Nothing is trimmed before it is acknowledged. Whatever redis
 answers late or twice is harmless: pushes are deduplicated by group id, and a consumer of an outlived lineage is fenced.
+A redis that lost its data, or went back to older ones, learns from `recall` what was trained.
 """
 
 import logging
@@ -79,8 +80,9 @@ class GroupQueue:
     """One run's queue. `patience_seconds` is how long an operation outlasts a redis that is away before it raises
     DeadlineExceeded; `max_deliveries` how often an entry may be begun without being finished before it is buried.
 
-    Pushers use `push`, `bury`, `seen`. The consumer calls `claim_lineage`, `recover`, then, for every step, `pull`,
-    `begin`, `finish`, and `ack` once a checkpoint holds the step. Its calls raise Fenced when another claimed later.
+    Pushers use `push`, `bury`, `seen`. The consumer calls `claim_lineage`, `recall`, `recover`, then, for every step,
+    `pull`, `begin`, `finish`, and `ack` once a checkpoint holds the step. Its calls raise Fenced when another claimed
+    later.
     """
 
     def __init__(self, redis: Redis, run_id: str, max_deliveries: int = 3, patience_seconds: float = 300.0):
@@ -94,6 +96,7 @@ class GroupQueue:
         # Together these two are what redis holds as pending: delivered to the caller, and to be delivered next (in
         # stream order, with the fields where a read brought them).
         self._held: set[str] = set()
+        self._trained: frozenset[str] = frozenset()
         self._next: dict[str, dict[bytes, bytes] | None] = {}
 
     # ---- pushers -------------------------------------------------------------------------------------------------
@@ -126,6 +129,17 @@ class GroupQueue:
         From now on every earlier consumer is fenced."""
         self.lineage = int(await self._run(scripts.CLAIM_LINEAGE, [self.keys.lineage], [at_least], "claim a lineage"))
         return self.lineage
+
+    async def recall(self, trained: Iterable[str]) -> int:
+        """Tell redis of groups (ids) whose effect the restored checkpoint holds: they are never pushed again, and
+        entries of them that still come are dropped. Returns of how many redis knew nothing: 0 unless it lost data."""
+        self._trained = frozenset(trained)
+        keys, unknown = [self.keys.lineage, self.keys.pushed], 0
+        for ids in _batches(sorted(self._trained)):
+            unknown += int(await self._run(scripts.RECALL, keys, [self._fence, *ids], "recall trained groups"))
+        if unknown:
+            log.warning("run %s: redis had forgotten %d groups that were trained", self.run_id, unknown)
+        return unknown
 
     async def recover(self, consumed: Iterable[str]) -> None:
         """Take over every pending entry, whichever consumer held it: those in `consumed` (entry ids out of the restored
@@ -297,6 +311,9 @@ class GroupQueue:
             except ValueError as error:
                 reason = f"not a scored group: {error}"
             else:
+                if group.group_id in self._trained:
+                    await self._acknowledge([entry_id], self.lineage)
+                    return None
                 del self._next[entry_id]
                 self._held.add(entry_id)
                 return Entry(entry_id, group, fields.get(b"trace", b"").decode(errors="replace"))

@@ -49,6 +49,14 @@ end
 """
 )
 FINISH = FENCE + "for i = 2, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end"
+RECALL = (
+    FENCE
+    + """
+local news = 0
+for i = 2, #ARGV do news = news + redis.call('HSETNX', KEYS[2], ARGV[i], 'trained') end
+return news
+"""
+)
 DEAD_LETTER = (
     FENCE
     + """

@@ -20,6 +20,7 @@ from services.demo import comparison, report, task
 from services.demo.arms import ARMS, rewards
 from services.demo.evaluation import Evaluation, WayFigures, _answers, evaluate, measure
 from services.demo.task import Problem
+from services.steps import StepsError, read_steps
 
 any_problem = st.builds(Problem, st.integers(10, 99), st.integers(10, 99))
 
@@ -367,7 +368,7 @@ def write_steps(path: Path, rows: list[dict], tail: str = "") -> Path:
 def test_steps_of_the_surviving_lineage_count(tmp_path):
     first = [step(number) for number in range(1, 7)]
     rows = [*first, step(5, 1, 4), step(6, 1, 4), step(3, 2, 2), step(4, 2, 2)]
-    found = report.read_steps(write_steps(tmp_path / "steps.jsonl", rows, tail='{"lineage": 2, "st'))
+    found = read_steps(write_steps(tmp_path / "steps.jsonl", rows, tail='{"lineage": 2, "st'))
     assert [(row["step"], row["lineage"]) for row in found] == [(1, 0), (2, 0), (3, 2), (4, 2)]
 
 
@@ -375,10 +376,10 @@ def test_steps_of_the_surviving_lineage_count(tmp_path):
 def test_steps_that_are_none_are_refused(tmp_path, content):
     path = tmp_path / "steps.jsonl"
     path.write_text(content)
-    with pytest.raises(report.ReportError, match=r"steps\.jsonl"):
-        report.read_steps(path)
-    with pytest.raises(report.ReportError, match="cannot read"):
-        report.read_steps(tmp_path / "none.jsonl")
+    with pytest.raises(StepsError, match=r"steps\.jsonl"):
+        read_steps(path)
+    with pytest.raises(StepsError, match="cannot read"):
+        read_steps(tmp_path / "none.jsonl")
 
 
 def test_report_leaves_a_plot_and_reads_back(tmp_path):

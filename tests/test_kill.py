@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,22 @@ def test_a_killed_supervisor_is_resumed(unbroken, tiny_model):
     refused = Run(recipe, folder / "resumed")
     assert refused.finish(60) == 2
     again = Run(recipe, folder / "resumed", "--resume")
+    assert again.finish() == 0, again.screen()
+    assert surviving(read_steps(again.dir)) == surviving(read_steps(unbroken.dir))
+    assert final_weights(again.dir) == final_weights(unbroken.dir)
+
+
+def test_a_lost_redis_costs_nothing_that_a_checkpoint_holds(unbroken, tiny_model):
+    folder = unbroken.dir.parent
+    recipe = write_recipe(folder, tiny_model, "forgotten")
+    run = Run(recipe, folder / "forgotten")
+    try:
+        run.wait_step(8)
+    finally:
+        run.process.kill()
+        run.close()
+    shutil.rmtree(run.dir / "redis")
+    again = Run(recipe, folder / "forgotten", "--resume")
     assert again.finish() == 0, again.screen()
     assert surviving(read_steps(again.dir)) == surviving(read_steps(unbroken.dir))
     assert final_weights(again.dir) == final_weights(unbroken.dir)

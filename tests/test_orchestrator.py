@@ -24,7 +24,7 @@ from services.clients import RewardClient
 from services.contract import Completion, ScoredGroup, Version, WeightVersion, group_seed
 from services.http import StartupError
 from services.keys import Keys
-from services.orchestrator.chunk import RunFailed
+from services.orchestrator.progress import RunFailed
 from services.orchestrator.run import orchestrate
 from services.queue import GroupQueue
 from services.redis import EmbeddedRedis, cancel, connect, connect_sync, insist
@@ -505,6 +505,19 @@ async def test_redis_dies_and_comes_back(make_recipe, rollouts, reward_server, t
             await trainer.train(STEPS - 2)
             assert await over(task) == 0
         complete(trainer)
+
+
+async def test_a_redis_that_lost_its_data_ends_the_orchestrator(make_recipe, clean, rollouts, reward_server):
+    """Started again it makes what is missing; going on it would wait for groups that nobody has any more."""
+    chosen = make_recipe()
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(1)
+        with connect_sync(clean.url) as redis:
+            redis.flushall()
+        with pytest.raises(RunFailed, match="redis lost the run's data"):
+            await asyncio.wait_for(task, 30)
 
 
 async def test_sigterm_lets_requests_finish(make_recipe, clean, rollouts, reward_server):

@@ -276,6 +276,31 @@ async def test_a_redis_that_lost_the_run_is_noticed(queue, redis):
         await queue.ack(["1-1"], lineage)
 
 
+async def test_a_redis_that_lost_its_data_learns_what_was_trained(queue, run_id):
+    first = make_groups(4, size=1, run=run_id)
+    await queue.claim_lineage(3)
+    trained = [group.group_id for group in first[:3]]
+    assert await queue.recall(trained) == 3
+    assert await queue.recall(trained) == 0
+    assert not await queue.push(first[0]) and await queue.push(first[3])
+    assert await queue.seen() == {group.group_id for group in first}
+
+
+async def test_a_redis_of_yesterday_brings_nothing_twice(queue, redis, run_id):
+    """Its stream holds groups, queued and pending, that a newer checkpoint holds already."""
+    expected = await pushed(queue, 6)
+    await queue.pull(2, 5)
+    successor = GroupQueue(redis, run_id)
+    lineage = await successor.claim_lineage(1)
+    assert await successor.recall([expected[0], expected[3], "trained and forgotten"]) == 1
+    await successor.recover(set())
+    entries = await successor.pull(4, 5)
+    assert ids(entries) == [expected[1], expected[2], expected[4], expected[5]]
+    assert await state(successor) == (0, 4, 0)
+    await successor.ack([entry.entry_id for entry in entries], lineage)
+    assert await redis.xlen(queue.keys.groups) == 0
+
+
 async def test_ack_is_for_good_and_may_be_repeated(queue, redis, run_id):
     await pushed(queue, 3)
     lineage = await queue.claim_lineage(0)

@@ -43,9 +43,11 @@ class Feed:
         with self.waits.on("redis", "no answer", REDIS_PATIENCE_SECONDS):
             return self.runner.run(call)
 
-    def claim(self, at_least: int, consumed: Sequence[str]) -> int:
-        """Take the run over: a lineage of our own, and the entries an earlier trainer left."""
+    def claim(self, at_least: int, consumed: Sequence[str], trained: Sequence[str]) -> int:
+        """Take the run over: a lineage of our own, and the entries an earlier trainer left. `consumed` entries and
+        `trained` groups (ids) are those whose effect the restored checkpoint holds."""
         lineage = self._ask(self.queue.claim_lineage(at_least))
+        self._ask(self.queue.recall(trained))
         self._ask(self.queue.recover(set(consumed)))
         return lineage
 

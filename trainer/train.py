@@ -21,6 +21,7 @@ from services.queue import Entry
 from services.recipe import Recipe, RecipeError
 from services.redis import connect_sync
 from services.status import serving_status
+from services.steps import StepsError, read_steps
 from services.weights.publish import Publisher
 from trainer import checkpoint, metrics, policy
 from trainer import engine as engines
@@ -136,13 +137,26 @@ def _restore(engine: Any, recipe: Recipe, resume: bool, ranks: Ranks, feed: Feed
     if feed is not None:
         found = checkpoint.newest(recipe.run.dir / "checkpoints", recipe) if resume else None
         path, progress = found or (None, Progress(lineage=-1))
-        lineage = feed.claim(progress.lineage + 1, progress.unacknowledged)
+        trained = _trained(recipe.run.dir, progress.step)
+        lineage = feed.claim(progress.lineage + 1, progress.unacknowledged, trained)
         payload = json.dumps({"path": str(path or ""), "step": progress.step, "lineage": lineage}).encode()
     start = json.loads(ranks.broadcast(payload))
     if start["path"]:
         checkpoint.load(engine, Path(start["path"]), ranks)
     log.info("lineage %d starts from %s", start["lineage"], start["path"] or recipe.model.path)
     return Progress(step=start["step"], lineage=start["lineage"])
+
+
+def _trained(run_dir: Path, step: int) -> list[str]:
+    """The groups (ids) of the first `step` steps, from the audit trail."""
+    if step == 0:
+        return []
+    try:
+        rows = read_steps(run_dir / "steps.jsonl")
+    except StepsError as error:
+        log.warning("only redis knows which groups were trained: %s", error)
+        return []
+    return [group_id for row in rows if row["step"] <= step for group_id in row["group_ids"]]
 
 
 def _next_batch(

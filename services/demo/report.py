@@ -5,7 +5,6 @@ accuracy changed, how the choice between the ways changed, and, apart from both,
 step-by-step way; it never says that arithmetic was learned.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from services.demo.arms import Arm
 from services.demo.evaluation import Evaluation
+from services.steps import read_steps
 
 GIVEN = {
     "self_certainty": "With self-certainty as the only reward and no answers given,",
@@ -49,36 +49,6 @@ class Report(BaseModel):
     preflight: str
     before: Evaluation
     after: Evaluation
-
-
-# ---- the run's steps -------------------------------------------------------------------------------------------
-
-
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The surviving line of each step, in order. A restored trainer goes on in a newer lineage from its checkpoint
-    (`start`), and what earlier lineages did after that step is lost.
-
-    Raises ReportError when there is no step, or a line is not a step's record.
-    """
-    surviving: dict[int, dict[str, Any]] = {}
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise ReportError(f"cannot read {path}: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            step, start, lineage = int(row["step"]), int(row["start"]), int(row["lineage"])
-        except (ValueError, KeyError, TypeError) as error:
-            # A trainer killed while writing leaves a torn last line, which the restored one writes anew.
-            if number == len(lines) and surviving:
-                break
-            raise ReportError(f"{path} line {number}: not the record of a step: {line[:80]!r}") from error
-        surviving = {done: old for done, old in surviving.items() if done <= start or old["lineage"] == lineage}
-        surviving[step] = row
-    if not surviving:
-        raise ReportError(f"{path}: holds no step")
-    return [surviving[step] for step in sorted(surviving)]
 
 
 # ---- words -----------------------------------------------------------------------------------------------------
@@ -249,7 +219,7 @@ def write(
 ) -> Report:
     """Make the report of a finished run from its steps.jsonl; leaves report.json and report.png beside it.
 
-    Raises ReportError.
+    Raises ReportError, and StepsError where there are no steps.
     """
     steps = read_steps(run_dir / "steps.jsonl")
     report = Report(

@@ -14,7 +14,7 @@ from services.clients import Refused, RewardClient, RolloutClient, ServerFault, 
 from services.contract import Group, GroupScores, Sampling, ScoredGroup, Version, group_seed
 from services.orchestrator.data import TaskSource
 from services.orchestrator.pacing import Pace
-from services.orchestrator.progress import GROUPS, SECONDS, Tally, Watch, made_by, newest_of
+from services.orchestrator.progress import GROUPS, SECONDS, RunFailed, Tally, Watch, made_by, newest_of
 from services.orchestrator.routing import RETRIES
 from services.orchestrator.servers import Servers
 from services.problem import request_id
@@ -37,10 +37,6 @@ class Identified(Protocol):
 
 
 Item = TypeVar("Item", bound=Identified)
-
-
-class RunFailed(Exception):
-    """The run cannot go on; the message says why in one line."""
 
 
 @dataclass

@@ -43,6 +43,10 @@ SPEED_SECONDS = 30.0
 STATUS_SECONDS = 1.0
 
 
+class RunFailed(Exception):
+    """The run cannot go on; the message says why in one line."""
+
+
 def made_by(group: Group) -> Version:
     """The oldest version that made any token of the group."""
     return min(completion.weight_version for completion in group.completions)
@@ -121,11 +125,13 @@ class Watch:
         return bisect.bisect_left(self.dead, index)
 
     async def refresh(self) -> None:
-        """Read everything once. Raises DeadlineExceeded: Redis stayed away."""
+        """Read everything once. Raises DeadlineExceeded (Redis stayed away) and RunFailed (it lost its data)."""
         run_id = self.keys.run_id
         newest, lineage, trainer, self.followers = await insist(
             self._read, f"run {run_id}: follow the run", self.queue.patience_seconds
         )
+        if newest is None and self.version is not None:
+            raise RunFailed(f"redis lost the run's data: it knew weights {self.version} and now knows none")
         if newest is not None and newest != self.version:
             log.info("weights %s are published", newest)
             self.version, self.version_at = newest, time.monotonic()

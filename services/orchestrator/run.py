@@ -17,9 +17,9 @@ from services.clients import CallError
 from services.http import StartupError
 from services.keys import Keys
 from services.orchestrator import data
-from services.orchestrator.chunk import Chunk, Desk, RunFailed, finish
+from services.orchestrator.chunk import Chunk, Desk, finish
 from services.orchestrator.pacing import Pace
-from services.orchestrator.progress import Tally, Watch
+from services.orchestrator.progress import RunFailed, Tally, Watch
 from services.orchestrator.servers import Servers
 from services.queue import GroupQueue
 from services.recipe import Recipe
@@ -98,16 +98,13 @@ class Loop:
     def __init__(self, desk: Desk, wake: asyncio.Event, stops: list[signal.Signals]):
         self.desk, self.wake, self.stops = desk, wake, stops
         self.cursor = 0
-        self.seen: set[str] = set()
+        self.seen: set[str] | None = None
         self.running: dict[asyncio.Task[None], Chunk] = {}
         self.reminded = time.monotonic()
 
     async def run(self) -> int:
         """Returns the exit code."""
         desk = self.desk
-        self.seen = await desk.queue.seen()
-        if self.seen:
-            log.info("%d groups were pushed or given up before this start", len(self.seen))
         await desk.watch.refresh()
         follower = asyncio.create_task(desk.watch.follow())
         follower.add_done_callback(lambda _: self.wake.set())
@@ -129,6 +126,10 @@ class Loop:
                     log.info("training is over after %s", desk.watch.version)
                     desk.tally.state = "finished"
                     return 0
+                if desk.watch.version is not None and self.seen is None:
+                    # Not before: a trainer that publishes has told a redis that lost its data what was trained.
+                    self.seen = await desk.queue.seen()
+                    log.info("%d groups were pushed or given up before this start", len(self.seen))
                 if all(probe.done() for probe in probes):
                     self._admit()
                 self._look_for_a_stall()
@@ -155,7 +156,7 @@ class Loop:
     def _next_chunk(self) -> Chunk | None:
         """The next groups to make, cut where `groups_per_request` or the capacity ends."""
         desk = self.desk
-        assert desk.watch.version is not None
+        assert desk.watch.version is not None and self.seen is not None
         size, version = desk.recipe.rollout.groups_per_request, desk.watch.version.version
         while True:
             oldest = min((chunk.floor for chunk in self.running.values()), default=None)

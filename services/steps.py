@@ -1,0 +1,36 @@
+"""What a run trained: the lines of its `steps.jsonl` that survived."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class StepsError(ValueError):
+    """The file does not hold a run's steps; the message names file and line."""
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The surviving line of each step, in order. A restored trainer goes on in a newer lineage from its checkpoint
+    (`start`), and what earlier lineages did after that step is lost.
+
+    Raises StepsError when there is no step, or a line is not a step's record.
+    """
+    surviving: dict[int, dict[str, Any]] = {}
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise StepsError(f"cannot read {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            step, start, lineage = int(row["step"]), int(row["start"]), int(row["lineage"])
+        except (ValueError, KeyError, TypeError) as error:
+            # A trainer killed while writing leaves a torn last line, which the restored one writes anew.
+            if number == len(lines) and surviving:
+                break
+            raise StepsError(f"{path} line {number}: not the record of a step: {line[:80]!r}") from error
+        surviving = {done: old for done, old in surviving.items() if done <= start or old["lineage"] == lineage}
+        surviving[step] = row
+    if not surviving:
+        raise StepsError(f"{path}: holds no step")
+    return [surviving[step] for step in sorted(surviving)]
