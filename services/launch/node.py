@@ -99,6 +99,9 @@ def run_node(
     except (StartupError, RecipeError) as error:
         board.settle(Outcome(EXIT_REFUSED, str(error), name))
         raise
+    except Exception as error:  # the others must not wait for this node
+        board.settle(Outcome(EXIT_FAILED, repr(error), name))
+        raise
 
 
 def _muster(board: Board, number: int, nodes: int, here: Node) -> list[Node]:

@@ -86,15 +86,18 @@ class Workplace:
             "port": self.here.ports[part.name],
             "requirepass": self.password,
             "dir": f'"{directory}"',
-            **DURABLE,
+            **{key: value or '""' for key, value in DURABLE.items()},
         }
         file = directory / "redis.conf"
         try:
+            binary = server_binary()
             directory.mkdir(exist_ok=True)
-            write_private(file, "".join(f"{key} {value or '""'}\n" for key, value in settings.items()))
+            write_private(file, "".join(f"{key} {value}\n" for key, value in settings.items()))
         except OSError as error:
             raise StartupError(f"run.dir: cannot write {file}: {error.strerror}") from error
-        return Service(part.name, [server_binary(), str(file)])
+        except RuntimeError as error:
+            raise StartupError(str(error)) from error
+        return Service(part.name, [binary, str(file)])
 
     def _server(self, part: Part) -> Service:
         section = self.recipe.rollout if part.kind == "rollout" else self.recipe.scorer
