@@ -37,7 +37,7 @@ def _plan(path: Path, overrides: list[str] | None, nodes: int, gpus_per_node: in
 
 
 def _prepare(filled: Recipe, resume: bool, files: dict[str, str]) -> None:
-    """Recipe, credentials and `files` in the run's folder, unless that belongs to another run or one that is going on."""
+    """Recipe, credentials and `files` in the run's folder, unless that is of another run or of one that is going on."""
     run_dir = filled.run.dir
     prepare_run_dir(filled, resume)
     with only_one(run_dir):
@@ -75,13 +75,14 @@ def slurm(
     dry_run: DryRun = False,
 ) -> None:
     """Submit one job with every part of the run: redis, orchestrator, servers, trainer."""
-    from services.launch.slurm import Job, script, submit
+    from services.launch.slurm import Job, find_sbatch, script, submit
 
     filled, plan = _plan(recipe_path, overrides, nodes, gpus_per_node)
     text = script(filled, plan, Job(partition, account, time, container, setup or [], sbatch or []))
     if dry_run:
         typer.echo(text, nl=False)
         return
+    sbatch_command = find_sbatch()
     _prepare(filled, resume, {"job.sbatch": text})
     console = Console()
 
@@ -90,7 +91,7 @@ def slurm(
             console.print(line, highlight=False, soft_wrap=True)
         console.print(f"job {job}: {filled.run.dir}/slurm-{job}.log (stop: scancel {job})", highlight=False)
 
-    raise typer.Exit(submit(filled.run.dir / "job.sbatch", wait, tell))
+    raise typer.Exit(submit(sbatch_command, filled.run.dir / "job.sbatch", wait, tell))
 
 
 @app.command()

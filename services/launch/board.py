@@ -1,7 +1,7 @@
-"""What the nodes of one start of a run tell each other: small JSON files in a folder of the run that all of them share.
+"""What the nodes of one start of a run tell each other: small JSON files in a folder that all of them share.
 
-`<run.dir>/cluster/<attempt>/` belongs to one start (a job's requeue is another). Files are written aside and renamed, so
-that whoever reads sees all of one or none of it, and only this user can enter.
+`<run.dir>/cluster/<attempt>/` belongs to one start (a job's requeue is another). Files are written aside and renamed,
+so that whoever reads sees all of one or none of it, and only this user can enter.
 """
 
 import json

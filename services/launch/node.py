@@ -110,8 +110,8 @@ def _muster(board: Board, number: int, nodes: int, here: Node) -> list[Node]:
         found = board.gather([f"node-{other}" for other in range(nodes)], MUSTER_SECONDS)
     except TimeoutError as missing:
         raise StartupError(
-            f"run.dir: after {MUSTER_SECONDS:.0f} s {here.name} sees nothing of {missing} in {board.folder}: every node "
-            "has to start, and to see that folder at the same path (a shared file system)"
+            f"run.dir: after {MUSTER_SECONDS:.0f} s {here.name} sees nothing of {missing} in {board.folder}: every "
+            "node has to start, and to see that folder at the same path (a shared file system)"
         ) from None
     return [Node(**each) for each in found]
 

@@ -130,12 +130,21 @@ class Workplace:
             "max-restarts": TRAINER_RESTARTS,
             "shutdown-timeout": CHECKPOINT_SECONDS,
         }
-        argv = [sys.executable, "-m", "services.launch.torchrun", *(f"--{key}={value}" for key, value in options.items())]
+        argv = [
+            sys.executable,
+            "-m",
+            "services.launch.torchrun",
+            *(f"--{key}={value}" for key, value in options.items()),
+        ]
         argv += ["-m", "services.cli.main", "train", str(self.recipe_path), "--resume"]
+        env = environment(self.recipe, self.recipe.trainer.threads, self._devices(part))
+        # A store that the ranks' restarts share has the restart's number in its keys, and nodes count differently:
+        # after a rank's death they would wait for each other at different places.
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         return Service(
             part.name,
             argv,
-            env=environment(self.recipe, self.recipe.trainer.threads, self._devices(part)),
+            env=env,
             may_finish=True,
             max_restarts=0,
             stop_seconds=CHECKPOINT_SECONDS + 10,

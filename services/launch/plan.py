@@ -1,4 +1,4 @@
-"""Who runs where: a recipe, a number of nodes and their GPUs -> the parts of every node. Slurm and Ray carry out the same.
+"""Who runs where: a recipe, a number of nodes and their GPUs -> the parts of every node, for Slurm and Ray alike.
 
 The rollout and reward servers are packed onto the first nodes, in order, each whole on one node; the nodes after them
 train, with one rank a GPU (one a node without GPUs). On a single node the trainer gets the GPUs the servers leave. The
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """`nodes[n]` are the parts of node n, in order of start. Trainer parts are numbered by their place in the rendezvous."""
+    """`nodes[n]` are the parts of node n, in order of start."""
 
     nodes: tuple[tuple[Part, ...], ...]
     gpus_per_node: int
@@ -100,12 +100,14 @@ def _refuse_gpus(recipe: Recipe) -> None:
     for key in ("rollout", "scorer", "trainer"):
         gpus = getattr(recipe, key).gpus
         if gpus is not None:
-            raise RecipeError(f"{key}.gpus: {gpus} is for `rlif up`; on a cluster the plan deals the GPUs: leave it out")
+            raise RecipeError(
+                f"{key}.gpus: {gpus} is for `rlif up`; on a cluster the plan deals the GPUs: leave it out"
+            )
 
 
 def make(recipe: Recipe, nodes: int, gpus_per_node: int) -> Plan:
-    """The plan. Raises RecipeError naming the numbers: servers that do not fit, no node left to train on, completions of
-    a step that do not divide among the ranks, `trainer.ranks` that says otherwise."""
+    """The plan. Raises RecipeError naming the numbers: servers that do not fit, no node left to train on, completions
+    of a step that do not divide among the ranks, `trainer.ranks` that says otherwise."""
     _refuse_gpus(recipe)
     servers = _servers(recipe, gpus_per_node)
     serving = _pack(servers, gpus_per_node)

@@ -1,4 +1,4 @@
-"""A run on a Ray cluster: one placement-group bundle and one actor a node, each with the node's parts as child processes.
+"""A run on a Ray cluster: one placement-group bundle and one actor a node, with the node's parts as child processes.
 
 The actor starts `rlif launch node`, the same command a Slurm task is; the nodes meet on the run's board. A node that is
 lost ends the start, and the next one goes on from the newest checkpoint on whatever nodes there are.
@@ -160,7 +160,7 @@ class Driver:
         ]  # fmt: skip
 
     def _watch(self, actors: list[Any], stop: Path) -> int:
-        """Until every node has ended. The stop file asks for a checkpoint first; SIGTERM comes to those that ignore it."""
+        """Until every node has ended. The stop file asks for a checkpoint; SIGTERM comes to those that ignore it."""
         ends: float | None = None
         asked = False
         while True:

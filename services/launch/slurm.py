@@ -85,7 +85,7 @@ def _command(recipe: Recipe, container: str | None) -> tuple[list[str], list[str
 
 
 def script(recipe: Recipe, plan: Plan, job: Job) -> str:
-    """The batch script for a recipe that `plan.fill` has filled in. Raises StartupError: a setting Slurm cannot read."""
+    """The batch script for a recipe that `plan.fill` has filled in. Raises StartupError: a bad setting."""
     for text in (*job.setup, *job.options, job.partition or "", job.account or "", job.container or ""):
         if "\n" in text:
             raise StartupError(f"{text!r}: a line break would end the line of the script")
@@ -127,14 +127,20 @@ exit "$code"
 """
 
 
-def submit(path: Path, wait: bool, tell: Callable[[str], None]) -> int:
+def find_sbatch() -> str:
+    """Raises StartupError: there is none here."""
+    found = shutil.which("sbatch")
+    if found is None:
+        raise StartupError("no `sbatch` on PATH: submit on a machine of a Slurm cluster, or look with --dry-run")
+    return found
+
+
+def submit(sbatch: str, path: Path, wait: bool, tell: Callable[[str], None]) -> int:
     """Hand a script to sbatch; `tell` gets the job's number. Returns 0, or with `wait` the job's exit code at its end.
 
-    Raises StartupError: no sbatch here, or it refuses.
+    Raises StartupError: sbatch refuses.
     """
-    if shutil.which("sbatch") is None:
-        raise StartupError("no `sbatch` on PATH: submit on a machine of a Slurm cluster, or look with --dry-run")
-    argv = ["sbatch", "--parsable", *(["--wait"] if wait else []), str(path)]
+    argv = [sbatch, "--parsable", *(["--wait"] if wait else []), str(path)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
         job = process.stdout.readline().strip().partition(";")[0]
