@@ -33,6 +33,7 @@ READY_SECONDS = 1800.0
 END_SECONDS = 240.0
 LAST_SECONDS = 60.0
 """How long the orchestrator may take to see that the trainer is done."""
+ABANDON_SECONDS = 10.0
 STOPPED = 143
 DONE = "training is done"
 
@@ -128,6 +129,8 @@ def _work(board: Board, place: Workplace, tick: Tick) -> int:
     def until() -> int | None:
         outcome = board.outcome()
         if outcome:
+            if trainer:  # redis may be gone: no time for a checkpoint that nobody would acknowledge
+                trainer.stop_seconds = ABANDON_SECONDS
             return outcome.code
         if trainer and board.stop_asked:
             return STOPPED

@@ -147,5 +147,5 @@ def submit(sbatch: str, path: Path, wait: bool, tell: Callable[[str], None]) -> 
         if job:
             tell(job)
             return process.wait()
-        said = (process.stderr.read().strip().splitlines() or ["it says nothing"])[-1]
-        raise StartupError(f"sbatch refuses the job: {said.removeprefix('sbatch: ').removeprefix('error: ')}")
+        said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in process.stderr.read().splitlines()]
+        raise StartupError(f"sbatch refuses the job: {'; '.join(said) or 'it says nothing'}")

@@ -198,10 +198,11 @@ class TestRealSlurm:
 
     def test_a_rank_that_refuses_too(self, cluster, tmp_path, tiny_model):
         recipe = write_recipe(tmp_path, tiny_model, steps=3)
-        job = submit(cluster, recipe, 2, f"model.path={tmp_path}/gone")
+        job = submit(cluster, recipe, 2, "trainer.device=cuda")
         facts = wait_for(lambda: ended(cluster, job), tmp_path, job)
         assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0")
-        assert f"{tmp_path}/gone" in log_of(tmp_path, job)
+        assert "trainer-0 refused to start" in log_of(tmp_path, job)
+        assert "trainer.device: cuda, but torch sees no CUDA device" in log_of(tmp_path, job)
 
     def test_asked_before_the_time_limit_it_writes_a_checkpoint_and_stops(self, cluster, tmp_path, tiny_model):
         job = submit(cluster, write_recipe(tmp_path, tiny_model, steps=500, every=1000), 2, "--time", "1:00:00")
@@ -216,5 +217,5 @@ class TestRealSlurm:
     def test_what_sbatch_refuses_is_one_line(self, cluster, tmp_path, tiny_model):
         recipe = write_recipe(tmp_path, tiny_model, steps=1)
         done = launch(str(recipe), "--nodes", "2", "--gpus-per-node", "0", "--partition", "nowhere", env=cluster)
-        assert done.returncode == 2
-        assert "sbatch refuses the job: invalid partition specified: nowhere" in done.stderr.lower()
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert "sbatch refuses the job: invalid partition specified: nowhere" in done.stderr
