@@ -1,6 +1,7 @@
 """From a recipe to the processes of a run on this machine."""
 
 import fcntl
+import logging
 import os
 import shutil
 import socket
@@ -13,6 +14,8 @@ from services import recipe as recipes
 from services.http import StartupError
 from services.recipe import Recipe
 from services.supervisor import Service
+
+log = logging.getLogger(__name__)
 
 RLIF = [sys.executable, "-m", "services.cli.main"]
 
@@ -100,7 +103,11 @@ def only_one(run_dir: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise StartupError(f"run.dir {run_dir}: another `rlif up` is running this run; stop it first") from error
+        raise StartupError(
+            f"run.dir {run_dir}: another `rlif up` is running this run (or a job is); stop it first"
+        ) from error
+    except OSError as error:  # Lustre mounted without flock, say
+        log.warning("run.dir %s: its file system has no locks (%s): see that no second start uses it", run_dir, error)
     try:
         yield
     finally:

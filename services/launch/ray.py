@@ -86,11 +86,11 @@ def _reserve(recipe: Recipe, plan: Plan) -> Any:
     )
 
 
-def _actors(recipe: Recipe, plan: Plan, group: Any) -> list[Any]:
+def _actors(attempt: str, plan: Plan, group: Any) -> list[Any]:
     made = ray.remote(NodeProcess)
     return [
         made.options(
-            name=f"rlif-{recipe.run.name}-node-{number}",
+            name=f"rlif-{attempt}-{number}",
             num_cpus=1,
             num_gpus=plan.gpus_per_node,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
@@ -99,9 +99,9 @@ def _actors(recipe: Recipe, plan: Plan, group: Any) -> list[Any]:
     ]
 
 
-def _ask(calls: list[Any]) -> list[Any]:
+def _ask(calls: list[Any], seconds: float = CALL_SECONDS) -> list[Any]:
     try:
-        return ray.get(calls, timeout=CALL_SECONDS)
+        return ray.get(calls, timeout=seconds)
     except (RayActorError, GetTimeoutError) as error:
         raise NodeLost(str(error).strip().splitlines()[0]) from error
 
@@ -136,9 +136,9 @@ class Driver:
 
     def _start(self, attempt: str) -> int:
         group = _reserve(self.recipe, self.plan)
-        actors = _actors(self.recipe, self.plan, group)
+        actors = _actors(f"{self.recipe.run.name}-{attempt}", self.plan, group)
         try:
-            addresses = _ask([actor.address.remote() for actor in actors])
+            addresses = _ask([actor.address.remote() for actor in actors], NODES_SECONDS)
             threads = os.environ.get("OMP_NUM_THREADS")
             _ask(
                 [
