@@ -114,8 +114,8 @@ def quiet(_services: object) -> None:
     """No progress."""
 
 
-def filled(tmp_path: Path, tiny_model: Path, nodes: int, *overrides: str) -> Path:
-    chosen = recipes.load(write_recipe(tmp_path, tiny_model, steps=1), list(overrides))
+def filled(tmp_path: Path, nodes: int, *overrides: str) -> Path:
+    chosen = recipes.load(write_recipe(tmp_path, Path("model"), steps=1), list(overrides))
     ready = plan.fill(chosen, plan.make(chosen, nodes, 0))
     ready.run.dir.mkdir(exist_ok=True)
     (ready.run.dir / "recipe.yaml").write_text(recipes.dump(ready))
@@ -130,9 +130,9 @@ def own_environment(monkeypatch):
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_a_node_that_nobody_joins_says_so(tmp_path, tiny_model, monkeypatch):
+def test_a_node_that_nobody_joins_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(node, "MUSTER_SECONDS", 0.5)
-    run_dir = filled(tmp_path, tiny_model, 2)
+    run_dir = filled(tmp_path, 2)
     with pytest.raises(StartupError, match="n1 sees nothing of node-1 in .*shared file system"):
         node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", quiet)
     settled = json.loads((run_dir / "cluster" / "a" / "outcome.json").read_text())
@@ -147,10 +147,10 @@ def test_a_node_without_the_runs_folder_says_so(tmp_path):
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_a_second_start_of_a_run_is_refused(tmp_path, tiny_model):
+def test_a_second_start_of_a_run_is_refused(tmp_path):
     from services.cli.launch import only_one
 
-    run_dir = filled(tmp_path, tiny_model, 2)
+    run_dir = filled(tmp_path, 2)
     with only_one(run_dir), pytest.raises(StartupError, match="another"):
         node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", quiet)
     with pytest.raises(Ended, match="node n1"):  # what the other nodes learn
@@ -169,8 +169,8 @@ def workplace(run_dir: Path, number: int, nodes: int = 3, gpus: int = 0) -> Work
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_no_secret_is_in_an_argument_list_or_a_file_for_others(tmp_path, tiny_model):
-    run_dir = filled(tmp_path, tiny_model, 3)
+def test_no_secret_is_in_an_argument_list_or_a_file_for_others(tmp_path):
+    run_dir = filled(tmp_path, 3)
     password = credentials.take(run_dir)
     secrets = [password, os.environ["RLIF_API_TOKEN"], os.environ["RLIF_ADMIN_TOKEN"], "sesame"]
     assert len(set(secrets)) == 4 and all(len(secret) > 40 for secret in secrets[:3])
@@ -182,8 +182,8 @@ def test_no_secret_is_in_an_argument_list_or_a_file_for_others(tmp_path, tiny_mo
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in holding)
 
 
-def test_the_trainers_meet_at_the_first_trainer_node(tmp_path, tiny_model):
-    run_dir = filled(tmp_path, tiny_model, 3)
+def test_the_trainers_meet_at_the_first_trainer_node(tmp_path):
+    run_dir = filled(tmp_path, 3)
     first, second = (workplace(run_dir, number).services()[0].argv for number in (1, 2))
     for argv in (first, second):
         assert {"--nnodes=2", "--rdzv-endpoint=10.0.0.2:2000", "--rdzv-id=job-7-0", "--nproc-per-node=1"} < set(argv)
@@ -193,8 +193,8 @@ def test_the_trainers_meet_at_the_first_trainer_node(tmp_path, tiny_model):
     assert orchestrator.argv[-2:] == ["rollout.urls=[http://10.0.0.1:1001]", "scorer.urls=[http://10.0.0.1:1002]"]
 
 
-def test_gpus_are_dealt_by_the_names_the_scheduler_gives(tmp_path, tiny_model, monkeypatch):
-    run_dir = filled(tmp_path, tiny_model, 2, "rollout.replicas=2")
+def test_gpus_are_dealt_by_the_names_the_scheduler_gives(tmp_path, monkeypatch):
+    run_dir = filled(tmp_path, 2, "rollout.replicas=2")
     text = (run_dir / "recipe.yaml").read_text().replace("ranks: 1", "ranks: 4")
     (run_dir / "recipe.yaml").write_text(text)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c,GPU-d")

@@ -87,8 +87,8 @@ def test_bad_input_is_refused_in_one_line(arguments, said):
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_without_slurm_the_command_says_so(tmp_path, tiny_model):
-    recipe = write_recipe(tmp_path, tiny_model, steps=1)
+def test_without_slurm_the_command_says_so(tmp_path):
+    recipe = write_recipe(tmp_path, Path("model"), steps=1)
     env = {**os.environ, "PATH": str(tmp_path)}
     done = launch(str(recipe), "--nodes", "2", "--gpus-per-node", "0", env=env)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
