@@ -52,6 +52,15 @@ CONNECT_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 2.0
 LONGEST_SOCKET_PATH = 100
 """Bytes; the kernel allows 107."""
+DURABLE = {
+    "appendonly": "yes",
+    # `everysec` was seen to lose acknowledged entries at kill -9; `always` never.
+    "appendfsync": "always",
+    "save": "",
+    "maxmemory-policy": "noeviction",
+    "daemonize": "no",
+}
+"""Settings of every redis-server of ours."""
 
 
 class DeadlineExceeded(Exception):
@@ -245,12 +254,7 @@ class EmbeddedRedis:
             "unixsocket": str(self.socket_path),
             "unixsocketperm": "700",
             "dir": str(self.directory.resolve()),
-            "appendonly": "yes",
-            # `everysec` was seen to lose acknowledged entries at kill -9; `always` never.
-            "appendfsync": "always",
-            "save": "",
-            "maxmemory-policy": "noeviction",
-            "daemonize": "no",
+            **DURABLE,
         }
         return [server_binary(), *(part for key, value in settings.items() for part in (f"--{key}", value))]
 

@@ -39,7 +39,14 @@ class Service:
     restart_args: list[str] = field(default_factory=list)
     may_finish: bool = False
     """Exit code 0 means done, not gone."""
+    max_restarts: int | None = None
+    """None: `MAX_RESTARTS`."""
+    stop_seconds: float = STOP_SECONDS
+    start_when: Callable[[], bool] = lambda: True
+    """Asked on every tick until it says yes; the process starts then."""
 
+    fault: str = ""
+    """Why the run could not go on, where it was this process's doing."""
     process: subprocess.Popen | None = None
     restarts: int = 0
     started_at: float = 0.0
@@ -105,9 +112,9 @@ def _stop(services: list[Service]) -> None:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(STOP_SECONDS)
+                process.wait(service.stop_seconds)
             except subprocess.TimeoutExpired:
-                log.warning("%s did not stop within %.0f s: killing it", service.name, STOP_SECONDS)
+                log.warning("%s did not stop within %.0f s: killing it", service.name, service.stop_seconds)
         _kill_group(process, signal.SIGKILL)
         process.wait(10)
 
@@ -127,8 +134,10 @@ def _review(service: Service, logs: Path) -> str | None:
     if time.monotonic() - service.started_at > CALM_SECONDS:
         service.restarts = 0
     service.restarts += 1
-    if service.restarts > MAX_RESTARTS:
-        return f"{service.name} ended {service.restarts} times in a row:\n{log_tail(logs, service.name)}"
+    limit = MAX_RESTARTS if service.max_restarts is None else service.max_restarts
+    if service.restarts > limit:
+        times = f"{service.restarts} times in a row" if limit else f"with exit code {code}"
+        return f"{service.name} ended {times}:\n{log_tail(logs, service.name)}"
     pause = min(30.0, 0.5 * 2 ** (service.restarts - 1))
     service.start_after = time.monotonic() + pause
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -137,11 +146,16 @@ def _review(service: Service, logs: Path) -> str | None:
 
 
 def supervise(
-    services: list[Service], main: str, logs: Path, on_tick: Callable[[list[Service]], None] | None = None
+    services: list[Service],
+    main: str | None,
+    logs: Path,
+    on_tick: Callable[[list[Service]], None] | None = None,
+    until: Callable[[], int | None] = lambda: None,
 ) -> int:
     """Run `services` until the one named `main` has finished, or a stop signal comes. Returns an exit code.
 
-    `on_tick` is called a few times a second (for progress). SIGINT and SIGTERM stop everything cleanly: 130 or 143.
+    `on_tick` is called a few times a second (for progress), and so is `until`: an exit code of it ends everything.
+    SIGINT and SIGTERM stop everything cleanly: 130 or 143.
     """
     stop_signal = 0
 
@@ -152,17 +166,20 @@ def supervise(
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        for service in services:
-            _start(service, logs)
         while True:
             for service in services:
                 if service.finished:
+                    continue
+                if service.process is None:
+                    if service.start_when():
+                        _start(service, logs)
                     continue
                 if service.start_after and time.monotonic() >= service.start_after:
                     service.start_after = 0.0
                     _start(service, logs)
                 fatal = _review(service, logs)
                 if fatal:
+                    service.fault = fatal
                     log.error("%s", fatal)
                     assert service.process
                     return EXIT_REFUSED if service.process.returncode == EXIT_REFUSED else EXIT_FAILED
@@ -171,6 +188,9 @@ def supervise(
             if stop_signal:
                 log.info("stopping (%s)", signal.Signals(stop_signal).name)
                 return 128 + stop_signal
+            code = until()
+            if code is not None:
+                return code
             if on_tick:
                 on_tick(services)
             time.sleep(TICK_SECONDS)

@@ -60,6 +60,31 @@ def test_endless_crashes_end_the_run(tmp_path, monkeypatch, caplog):
     assert "ended 2 times in a row" in caplog.text
 
 
+def test_a_service_that_must_not_be_started_again_tells_why_it_ended(tmp_path):
+    code = "import sys; print('out of memory', flush=True); sys.exit(7)"
+    main = Service("main", python(code), max_restarts=0)
+    assert supervise([main], "main", tmp_path) == 1
+    assert main.restarts == 1 and main.fault == "main ended with exit code 7:\nout of memory"
+
+
+def test_one_that_waits_for_another_starts_after_it(tmp_path):
+    mark = tmp_path / "mark"
+    first = Service("first", [*python("import sys, time; time.sleep(0.5); open(sys.argv[1], 'x')"), str(mark)])
+    first.may_finish = True
+    code = "import sys, os; sys.exit(not os.path.exists(sys.argv[1]))"
+    second = Service("second", [*python(code), str(mark)], may_finish=True, max_restarts=0, start_when=mark.exists)
+    assert supervise([second, first], "second", tmp_path) == 0
+
+
+def test_until_ends_everything_with_its_code(tmp_path):
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    side = Service("side", python(stubborn), stop_seconds=0.2)
+    up = tmp_path / "side.log"
+    code = supervise([side], None, tmp_path, until=lambda: 5 if up.exists() and up.read_text() else None)
+    assert code == 5
+    assert side.process.poll() == -signal.SIGKILL
+
+
 def test_a_full_disk_ends_the_run_with_a_line_and_stops_what_runs(tmp_path, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device", "processes.json")

