@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import helm_python
@@ -19,6 +20,13 @@ CRDS = {
     schema["properties"]["kind"]["const"]: Draft202012Validator(schema)
     for schema in (json.loads(path.read_text()) for path in (Path(__file__).parent / "crds").glob("*.json"))
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def schemas_read_once():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kubernetes_validate.utils, "schema_contents", cache(kubernetes_validate.utils.schema_contents))
+        yield
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -77,10 +77,9 @@ def test_every_mount_has_a_volume_and_writes_go_where_they_may(case):
                     assert mount["readOnly"] is True
                 if mount["mountPath"] == "/weights":
                     assert mount.get("readOnly", False) is (part(template) != "trainer"), name
-            if part(template) in ("rollout", "reward", "trainer"):
-                shm = next(mount for mount in container.get("volumeMounts", []) if container["name"] == part(template))
-                assert shm
         if part(template) in ("rollout", "reward", "trainer"):
+            (container,) = template["spec"]["containers"]
+            assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}
             assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
 
 
@@ -324,16 +323,17 @@ def check(*arguments: str, token: str = "") -> subprocess.CompletedProcess:
 
 def test_the_check_passes_against_a_server_that_scores_and_says_what_fails(tiny_model):
     settings = HttpSettings(api_token="open sesame")
-    with served(reward_app.create(reward_app.Settings(model=str(tiny_model), http=settings))) as url:
+    scorer = reward_app.Settings(model=str(tiny_model), http=settings, default_spec="self_certainty")
+    with served(reward_app.create(scorer)) as url:
         good = check(f"--score={url}", url, token="open sesame")
         assert good.returncode == 0 and "self_certainty" in good.stdout, good.stderr
         refused = check(f"--score={url}", url)
         assert refused.returncode == 1 and "401" in refused.stderr
-        gone = check(f"--score={url}", url, "http://127.0.0.1:9", token="open sesame")
+        gone = check("--wait=1", f"--score={url}", url, "http://127.0.0.1:9", token="open sesame")
         assert gone.returncode == 1 and "FAILED http://127.0.0.1:9/readyz" in gone.stderr
-    with served(reward_app.create(reward_app.Settings(http=settings))) as url:
-        no_model = check(f"--score={url}", url, token="open sesame")
-        assert no_model.returncode == 1 and "/v1/score" in no_model.stderr
+    with served(reward_app.create(reward_app.Settings(http=settings, default_spec="length"))) as url:
+        no_model = check("--wait=1", f"--score={url}", url, token="open sesame")
+        assert no_model.returncode == 1 and "/v1/score: 404" in no_model.stderr
 
 
 def test_helm_test_asks_every_service():

@@ -1,11 +1,13 @@
 """What `helm test` runs in the cluster: every service says it is ready, and the reward server scores a completion.
 
-Usage: check.py --score=URL URL...   with the token in RLIF_API_TOKEN. Exit code 0 when all of it is so, 1 otherwise.
+Usage: check.py [--wait=SECONDS] --score=URL URL...   with the token in RLIF_API_TOKEN.
+Exit code 0 when all of it is so, 1 when something is not after SECONDS.
 """
 
 import argparse
 import os
 import sys
+import time
 
 import httpx
 
@@ -13,13 +15,16 @@ import httpx
 def main() -> int:
     parser = argparse.ArgumentParser(description="Is every service ready, and does one completion get a score?")
     parser.add_argument("--score", required=True, help="a reward server")
+    parser.add_argument("--wait", type=float, default=60, help="seconds that the services together may take")
     parser.add_argument("urls", nargs="+", help="services to ask for their readiness")
     arguments = parser.parse_args()
-    faults = []
+    faults, ends = [], time.monotonic() + arguments.wait
     token = os.environ.get("RLIF_API_TOKEN", "")
     with httpx.Client(timeout=60, headers={"Authorization": f"Bearer {token}"}) as client:
         for url in arguments.urls:
-            faults += _ready(client, url)
+            while (fault := _ready(client, url)) and time.monotonic() < ends:
+                time.sleep(1)
+            faults += fault
         faults += _scored(client, arguments.score)
     for fault in faults:
         print(f"FAILED {fault}", file=sys.stderr)
