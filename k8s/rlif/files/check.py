@@ -19,8 +19,8 @@ def main() -> int:
     parser.add_argument("urls", nargs="+", help="services to ask for their readiness")
     arguments = parser.parse_args()
     faults, ends = [], time.monotonic() + arguments.wait
-    token = os.environ.get("RLIF_API_TOKEN", "")
-    with httpx.Client(timeout=60, headers={"Authorization": f"Bearer {token}"}) as client:
+    token = os.environ.get("RLIF_API_TOKEN")
+    with httpx.Client(timeout=60, headers={"Authorization": f"Bearer {token}"} if token else {}) as client:
         for url in arguments.urls:
             while (fault := _ready(client, url)) and time.monotonic() < ends:
                 time.sleep(1)
