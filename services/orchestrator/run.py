@@ -32,19 +32,23 @@ DRAIN_SECONDS = 10.0
 REMIND_SECONDS = 30.0
 
 
-def main(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str) -> int:
+def main(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str, stay: bool = False) -> int:
     """Run until the trainer is done. Returns an exit code: 0 done, 1 failed, 130 or 143 stopped by a signal.
 
-    Raises StartupError for what no restart mends: unusable data, servers that do not fit, a spec they refuse.
+    With `stay` it goes on serving status and metrics after that, until a signal comes: for those who start again
+    whatever ends. Raises StartupError for what no restart mends: unusable data, servers that do not fit, a spec they
+    refuse.
     """
     try:
-        return asyncio.run(orchestrate(recipe, rollout_urls, reward_urls, redis_url))
+        return asyncio.run(orchestrate(recipe, rollout_urls, reward_urls, redis_url, stay))
     except (RunFailed, CallError, DeadlineExceeded) as error:
         log.error("the orchestrator gives up: %s", error)
         return 1
 
 
-async def orchestrate(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str) -> int:
+async def orchestrate(
+    recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str, stay: bool = False
+) -> int:
     """`main` inside a running event loop (of the main thread: it handles signals); errors propagate."""
     wake = asyncio.Event()
     stops: list[signal.Signals] = []
@@ -78,7 +82,7 @@ async def orchestrate(recipe: Recipe, rollout_urls: list[str], reward_urls: list
                 # The recipe's port itself is the trainer's.
                 stack.enter_context(serving_status(recipe.tracking.metrics_port + 1, watch.status, watch.ready))
             try:
-                return await Loop(desk, wake, stops).run()
+                return await Loop(desk, wake, stops, stay).run()
             finally:
                 await servers.close()
     finally:
@@ -93,8 +97,8 @@ async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
 class Loop:
     """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet."""
 
-    def __init__(self, desk: Desk, wake: asyncio.Event, stops: list[signal.Signals]):
-        self.desk, self.wake, self.stops = desk, wake, stops
+    def __init__(self, desk: Desk, wake: asyncio.Event, stops: list[signal.Signals], stay: bool = False):
+        self.desk, self.wake, self.stops, self.stay = desk, wake, stops, stay
         self.cursor = 0
         self.seen: set[str] = set()
         self.running: dict[asyncio.Task[None], Chunk] = {}
@@ -124,12 +128,17 @@ class Loop:
                 if self.stops:
                     return await self._drain()
                 if self._is_over():
-                    log.info("training is over after %s", desk.watch.version)
+                    if desk.tally.state != "finished":
+                        log.info("training is over after %s", desk.watch.version)
                     desk.tally.state = "finished"
-                    return 0
-                if all(probe.done() for probe in probes):
-                    self._admit()
-                self._look_for_a_stall()
+                    if not self.stay:
+                        return 0
+                    await cancel(*probes)  # whether there still are servers matters no more
+                    probes.clear()
+                else:
+                    if all(probe.done() for probe in probes):
+                        self._admit()
+                    self._look_for_a_stall()
                 await self.wake.wait()
         except (RunFailed, CallError, DeadlineExceeded, StartupError) as error:
             desk.tally.state = "failed"

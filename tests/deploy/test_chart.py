@@ -293,7 +293,11 @@ def test_bad_values_are_refused_by_name(bad):
 
 @pytest.mark.parametrize(
     ("values", "name"),
-    [({}, "recipe.run.name"), ({"recipeFile": "model: {}"}, "recipe.run.name"), ({"recipeFile": "run: ["}, "recipeFile")],
+    [
+        ({}, "recipe.run.name"),
+        ({"recipeFile": "model: {}"}, "recipe.run.name"),
+        ({"recipeFile": "run: ["}, "recipeFile"),
+    ],
 )
 def test_a_missing_or_broken_recipe_is_refused_by_name(values, name):
     with pytest.raises(helm_python.HelmError, match=name):

@@ -171,9 +171,7 @@ def test_selectors_of_workloads_budgets_and_monitors_find_their_pods(case):
         assert any(matches(manifest["spec"]["selector"], own) for own in labels.values()), manifest["metadata"]
     for monitor in of_kind(found, "ServiceMonitor"):
         services = [
-            one
-            for one in of_kind(found, "Service")
-            if matches(monitor["spec"]["selector"], one["metadata"]["labels"])
+            one for one in of_kind(found, "Service") if matches(monitor["spec"]["selector"], one["metadata"]["labels"])
         ]
         expected = {"rollout", "reward"} | ({"sandbox"} if CASES[case].get("sandbox", {}).get("enabled") else set())
         assert {one["metadata"]["labels"]["app.kubernetes.io/component"] for one in services} == expected
@@ -340,5 +338,9 @@ def test_helm_test_asks_every_service():
     (pod,) = of_kind(manifests("everything"), "Pod")
     assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
     urls = [word for word in templates(pod)[0]["spec"]["containers"][0]["args"] if word.startswith("http")]
-    services = {one["metadata"]["name"]: one["spec"]["ports"][0]["port"] for one in of_kind(manifests("everything"), "Service")}
-    assert urls == [f"http://rlif-{name}:{services[f'rlif-{name}']}" for name in ("rollout", "reward", "sandbox", "orchestrator")]
+    services = {
+        one["metadata"]["name"]: one["spec"]["ports"][0]["port"] for one in of_kind(manifests("everything"), "Service")
+    }
+    assert urls == [
+        f"http://rlif-{name}:{services[f'rlif-{name}']}" for name in ("rollout", "reward", "sandbox", "orchestrator")
+    ]
