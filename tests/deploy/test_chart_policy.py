@@ -1,4 +1,4 @@
-"""What a security review would ask of the chart: pods without rights, no secret in the open, and only the traffic it needs."""
+"""What a security review asks of the chart: pods without rights, no secret in the open, no traffic but what is needed."""
 
 import json
 import re
