@@ -1,4 +1,4 @@
-"""What a security review asks of the chart: pods without rights, no secret in the open, no traffic but what is needed."""
+"""What a security review asks of the chart: pods without rights, no secret in the open, only the traffic it needs."""
 
 import json
 import re
