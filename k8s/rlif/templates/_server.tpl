@@ -34,6 +34,9 @@ spec:
         - name: NODE_RANK
           valueFrom:
             fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/worker-index']"}
+        - name: VLLM_HOST_IP
+          valueFrom:
+            fieldRef: {fieldPath: status.podIP}
         {{- end }}
         {{- include "rlif.env" . | nindent 8 }}
       {{- if ne .role "worker" }}
