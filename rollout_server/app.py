@@ -102,7 +102,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         raise StartupError(f"--nodes {settings.nodes}: the transformers engine runs on one node; use engine vllm")
     if not 0 <= settings.node_rank < settings.nodes:
         raise StartupError(
-            f"--node-rank {settings.node_rank}: a number from 0 to {settings.nodes - 1} (--nodes less 1)"
+            f"--node-rank {settings.node_rank}: choose 0 to {settings.nodes - 1} (--nodes {settings.nodes})"
         )
     if settings.tensor_parallel_size % settings.nodes:
         raise StartupError(
