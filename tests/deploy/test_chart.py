@@ -187,7 +187,8 @@ def test_trainer_ranks_find_each_other_by_the_names_of_indexed_pods():
     assert f"--local-addr=$(JOB_NAME)-$(JOB_COMPLETION_INDEX).{service}" in arguments
     assert arguments[arguments.index("train") :][:3] == ["train", "/etc/rlif/recipe.yaml", "--resume"]
     # Kubernetes sets JOB_COMPLETION_INDEX itself.
-    assert "JOB_NAME" in {variable["name"] for variable in container["env"]}
+    variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert "JOB_NAME" in variables and variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
 def test_one_rank_needs_no_torchrun():
