@@ -30,7 +30,8 @@ CALL_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Settings:
-    """With `redis_url` and `run_id` the server follows that run's weights; `replica` is its name there."""
+    """With `redis_url` and `run_id` the server follows that run's weights; `replica` is its name there. `nodes`,
+    `node_rank`, `leader`: one engine over several nodes (vLLM), of which number 0 is this server."""
 
     model: str
     http: HttpSettings = HttpSettings()
@@ -49,6 +50,9 @@ class Settings:
     run_id: str | None = None
     replica: str = "rollout"
     poll_seconds: float = 0.2
+    nodes: int = 1
+    node_rank: int = 0
+    leader: str = "127.0.0.1"
 
 
 def create(settings: Settings) -> FastAPI:
@@ -81,9 +85,32 @@ def create(settings: Settings) -> FastAPI:
 
 def make_engine(settings: Settings) -> Engine:
     """Raises StartupError."""
+    chosen = engine_settings(settings)
+    if settings.engine == "vllm":
+        from rollout_server.engines.vllm import VllmEngine
+
+        return VllmEngine(chosen)
+    from rollout_server.engines.transformers import TransformersEngine
+
+    return TransformersEngine(chosen)
+
+
+def engine_settings(settings: Settings) -> EngineSettings:
+    """Raises StartupError."""
     if settings.engine not in ENGINES:
         raise StartupError(f"--engine {settings.engine}: choose one of {', '.join(ENGINES)}")
-    chosen = EngineSettings(
+    if settings.nodes > 1 and settings.engine != "vllm":
+        raise StartupError(f"--nodes {settings.nodes}: the transformers engine runs on one node; use engine vllm")
+    if not 0 <= settings.node_rank < settings.nodes:
+        raise StartupError(
+            f"--node-rank {settings.node_rank}: choose 0 to {settings.nodes - 1} (--nodes {settings.nodes})"
+        )
+    if settings.tensor_parallel_size % settings.nodes:
+        raise StartupError(
+            f"--nodes {settings.nodes}: does not divide the {settings.tensor_parallel_size} GPUs of the engine "
+            f"(tensor_parallel_size)"
+        )
+    return EngineSettings(
         model=model_folder(settings.model, settings.revision),
         served_name=settings.served_model_name or settings.model,
         dtype=settings.dtype,
@@ -94,14 +121,10 @@ def make_engine(settings: Settings) -> Engine:
         tensor_parallel_size=settings.tensor_parallel_size,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         trust_remote_code=settings.trust_remote_code,
+        nodes=settings.nodes,
+        node_rank=settings.node_rank,
+        leader=settings.leader,
     )
-    if settings.engine == "vllm":
-        from rollout_server.engines.vllm import VllmEngine
-
-        return VllmEngine(chosen)
-    from rollout_server.engines.transformers import TransformersEngine
-
-    return TransformersEngine(chosen)
 
 
 class Served:

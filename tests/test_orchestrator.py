@@ -207,10 +207,10 @@ def make_recipe(tasks, tiny_model, request):
 
 
 @asynccontextmanager
-async def running(chosen: recipe.Recipe, redis: EmbeddedRedis, rollout_urls, reward_urls):
+async def running(chosen: recipe.Recipe, redis: EmbeddedRedis, rollout_urls, reward_urls, stay: bool = False):
     """The orchestrator as a task of this test; killed at the end if it still runs."""
     urls = [rollout_urls] if isinstance(rollout_urls, str) else rollout_urls
-    task = asyncio.create_task(orchestrate(chosen, urls, [reward_urls], redis.url))
+    task = asyncio.create_task(orchestrate(chosen, urls, [reward_urls], redis.url, stay))
     try:
         yield task
     finally:
@@ -546,6 +546,30 @@ async def test_the_trainer_says_when_it_is_done(make_recipe, clean, rollouts, re
         done = json.dumps({"state": "done", "at": time.time()})
         trainer.redis.hset(Keys(chosen.run.name).status, "trainer", done)
         assert await over(task) == 0
+
+
+async def test_it_can_stay_after_the_last_step(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(rollout__deadline_seconds=1.0)
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+
+    def state() -> str:
+        return json.loads(trainer.redis.hget(Keys(chosen.run.name).status, "orchestrator") or "{}").get("state", "")
+
+    async with running(chosen, clean, rollouts.url, reward_server, stay=True) as task:
+        await trainer.start()
+        await trainer.train(STEPS)
+        await until(lambda: state() == "finished", "the end is told")
+        await asyncio.sleep(0.3)
+        assert not task.done()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await over(task) == 128 + signal.SIGTERM
+    # Started again, with the servers gone for longer than a call would wait for them.
+    nobody = "http://127.0.0.1:9"
+    async with running(chosen, clean, nobody, nobody, stay=True) as task:
+        await until(lambda: state() == "finished", "the end is seen again")
+        await asyncio.sleep(1.5)
+        assert not task.done()
+    complete(trainer)
 
 
 async def test_a_silent_trainer_is_named(make_recipe, clean, rollouts, reward_server):

@@ -21,7 +21,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`model` is a local folder. `threads`: CPU threads (none: what the library takes)."""
+    """`model` is a local folder. `threads`: CPU threads (none: what the library takes). An engine over several `nodes`
+    (vLLM) has one process a node; number 0 serves, and the others join it at the host `leader`."""
 
     model: Path
     served_name: str
@@ -33,6 +34,9 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.85
     trust_remote_code: bool = False
+    nodes: int = 1
+    node_rank: int = 0
+    leader: str = "127.0.0.1"
 
 
 class Engine(Protocol):

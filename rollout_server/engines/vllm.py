@@ -33,7 +33,7 @@ class VllmEngine:
         """Checks the configuration; `start` loads the model. Raises StartupError."""
         self.settings = settings
         is_cpu = vllm_process.on_cpu(settings.device, settings.threads)
-        self.args = _arguments(settings, is_cpu)
+        self.args = arguments(settings, is_cpu)
         config = vllm_process.model_config(AsyncEngineArgs.from_cli_args(self.args), settings.served_name)
         self.vocab_size, self.max_model_len = config.get_vocab_size(), config.max_model_len
         from transformers import AutoTokenizer
@@ -124,7 +124,7 @@ class VllmEngine:
         app.router.routes.extend(Route(path, inner, methods=[method]) for path, method in OPENAI_ROUTES.items())
 
 
-def _arguments(settings: EngineSettings, is_cpu: bool) -> Any:
+def arguments(settings: EngineSettings, is_cpu: bool) -> Any:
     """vLLM's own parsed command line: its OpenAI server is set up from that."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -142,6 +142,9 @@ def _arguments(settings: EngineSettings, is_cpu: bool) -> Any:
     }
     if settings.max_model_len is not None:
         options["max-model-len"] = settings.max_model_len
+    if settings.nodes > 1:
+        options |= {"nnodes": settings.nodes, "node-rank": settings.node_rank, "master-addr": settings.leader}
+        options["distributed-executor-backend"] = "mp"
     if not is_cpu:
         options["gpu-memory-utilization"] = settings.gpu_memory_utilization
     flags = ["--no-enable-log-requests", "--no-use-tqdm-on-load", "--enable-prefix-caching"]

@@ -63,7 +63,13 @@ def _addresses(chosen: recipe.Recipe, *needed: str) -> None:
         )
 
 
-def orchestrate(recipe_path: RecipePath, overrides: Overrides = None) -> None:
+def orchestrate(
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="When training is over, go on serving status and metrics until stopped.")
+    ] = False,
+) -> None:
     """Run the orchestrator alone: tasks to rollouts to rewards to the queue."""
     watch("orchestrator")
     chosen = recipe.load(recipe_path, overrides)
@@ -72,7 +78,7 @@ def orchestrate(recipe_path: RecipePath, overrides: Overrides = None) -> None:
 
     url = recipe.redis_url(chosen)
     assert url
-    raise typer.Exit(main(chosen, chosen.rollout.urls, chosen.scorer.urls, url))
+    raise typer.Exit(main(chosen, chosen.rollout.urls, chosen.scorer.urls, url, stay))
 
 
 def train(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:

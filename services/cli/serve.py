@@ -194,6 +194,9 @@ def rollout(
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory vLLM may take.")] = 0.85,
     served_model_name: Annotated[str | None, typer.Option(help="Model name in the OpenAI routes.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    nodes: Annotated[int, typer.Option(help="Nodes that one vLLM engine spans; each runs this command.", min=1)] = 1,
+    node_rank: Annotated[int, typer.Option(help="This node's number; 0 serves, the others work for it.", min=0)] = 0,
+    leader: Annotated[str, typer.Option(help="Host of node 0, as the other nodes reach it.")] = "127.0.0.1",
     follow: Follow = None,
     run: RunName = None,
     recipe_file: RecipeFile = None,
@@ -229,6 +232,9 @@ def rollout(
             run_id=chosen.run.name,
             replica=replica_name("rollout", port),
             poll_seconds=chosen.weights.poll_seconds,
+            nodes=nodes,
+            node_rank=node_rank,
+            leader=leader,
         )
     else:
         assert model is not None
@@ -248,7 +254,15 @@ def rollout(
             redis_url=follow,
             run_id=run,
             replica=replica_name("rollout", port),
+            nodes=nodes,
+            node_rank=node_rank,
+            leader=leader,
         )
+    if node_rank > 0:
+        chosen_engine = rollout_app.engine_settings(settings)
+        from rollout_server.engines.vllm_node import work
+
+        raise typer.Exit(work(chosen_engine, port))
     http.serve(rollout_app.create(settings), host, port)
 
 

@@ -33,19 +33,23 @@ DRAIN_SECONDS = 10.0
 REMIND_SECONDS = 30.0
 
 
-def main(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str) -> int:
+def main(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str, stay: bool = False) -> int:
     """Run until the trainer is done. Returns an exit code: 0 done, 1 failed, 130 or 143 stopped by a signal.
 
-    Raises StartupError for what no restart mends: unusable data, servers that do not fit, a spec they refuse.
+    With `stay` it goes on serving status and metrics after that, until a signal comes: for those who start again
+    whatever ends. Raises StartupError for what no restart mends: unusable data, servers that do not fit, a spec they
+    refuse.
     """
     try:
-        return asyncio.run(orchestrate(recipe, rollout_urls, reward_urls, redis_url))
+        return asyncio.run(orchestrate(recipe, rollout_urls, reward_urls, redis_url, stay))
     except (RunFailed, CallError, DeadlineExceeded) as error:
         log.error("the orchestrator gives up: %s", error)
         return 1
 
 
-async def orchestrate(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str) -> int:
+async def orchestrate(
+    recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str, stay: bool = False
+) -> int:
     """`main` inside a running event loop (of the main thread: it handles signals); errors propagate."""
     wake = asyncio.Event()
     stops: list[signal.Signals] = []
@@ -80,7 +84,7 @@ async def orchestrate(recipe: Recipe, rollout_urls: list[str], reward_urls: list
                 port = recipe.tracking.metrics_port + 1
                 stack.enter_context(serving_status("orchestrator", port, watch.ready, watch.status))
             try:
-                return await Loop(desk, wake, stops).run()
+                return await Loop(desk, wake, stops, stay).run()
             finally:
                 await servers.close()
     finally:
@@ -95,8 +99,8 @@ async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
 class Loop:
     """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet."""
 
-    def __init__(self, desk: Desk, wake: asyncio.Event, stops: list[signal.Signals]):
-        self.desk, self.wake, self.stops = desk, wake, stops
+    def __init__(self, desk: Desk, wake: asyncio.Event, stops: list[signal.Signals], stay: bool = False):
+        self.desk, self.wake, self.stops, self.stay = desk, wake, stops, stay
         self.cursor = 0
         self.seen: set[str] | None = None
         self.running: dict[asyncio.Task[None], Chunk] = {}
@@ -123,16 +127,21 @@ class Loop:
                 if self.stops:
                     return await self._drain()
                 if self._is_over():
-                    log.info("training is over after %s", desk.watch.version)
+                    if desk.tally.state != "finished":
+                        log.info("training is over after %s", desk.watch.version)
                     desk.tally.state = "finished"
-                    return 0
-                if desk.watch.version is not None and self.seen is None:
-                    # Not before: a trainer that publishes has told a redis that lost its data what was trained.
-                    self.seen = await desk.queue.seen()
-                    log.info("%d groups were pushed or given up before this start", len(self.seen))
-                if all(probe.done() for probe in probes):
-                    self._admit()
-                self._look_for_a_stall()
+                    if not self.stay:
+                        return 0
+                    await cancel(*probes)  # whether there still are servers matters no more
+                    probes.clear()
+                else:
+                    if desk.watch.version is not None and self.seen is None:
+                        # Not before: a trainer that publishes has told a redis that lost its data what was trained.
+                        self.seen = await desk.queue.seen()
+                        log.info("%d groups were pushed or given up before this start", len(self.seen))
+                    if all(probe.done() for probe in probes):
+                        self._admit()
+                    self._look_for_a_stall()
                 await self.wake.wait()
         except (RunFailed, CallError, DeadlineExceeded, StartupError) as error:
             desk.tally.state = "failed"
