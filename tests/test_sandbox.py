@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sandboxes import started
 from served import served
 
+from reward_server import child
 from reward_server.sandbox import app as sandbox_app
 from reward_server.sandbox import bubblewrap, process_tree, seccomp
 from reward_server.sandbox.bubblewrap import Bubblewrap
@@ -367,6 +368,20 @@ async def test_the_number_of_processes_must_be_limited(monkeypatch):
     await (await started(Bubblewrap(frozenset({"python"})))).stop()
     monkeypatch.setattr(bubblewrap, "_rlimits", lambda _: ["--core=0:0"])
     with pytest.raises(StartupError, match="number of processes is not limited"):
+        await Bubblewrap(frozenset({"python"})).start()
+
+
+async def test_descriptors_of_the_server_are_noticed(monkeypatch):
+    await (await started(Bubblewrap(frozenset({"python"})))).stop()
+    closing = child.start
+
+    async def leaking(command, *, pass_fds, **options):
+        kept = [fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{fd}")]
+        inheritable = [fd for fd in kept if fd > 2 and os.get_inheritable(fd)]
+        return await closing(command, pass_fds={*pass_fds, *inheritable}, **options)
+
+    monkeypatch.setattr(child, "start", leaking)
+    with pytest.raises(StartupError, match="other descriptors than stdin, stdout and stderr"):
         await Bubblewrap(frozenset({"python"})).start()
 
 

@@ -9,8 +9,10 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from reward_server import child
 from reward_server.sandbox import process_tree
 from reward_server.sandbox.provider import Limits
 
@@ -85,11 +87,8 @@ async def run(command: list[str], stdin: int, fds: list[int], report: int, limit
 
 async def _run(run: Run, command: list[str], stdin: int, fds: list[int], report: int, limits: Limits) -> Run:
     started = time.monotonic()
-    pipe = asyncio.subprocess.PIPE
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=stdin, stdout=pipe, stderr=pipe, pass_fds=fds, env={}, cwd="/"
-        )
+        process = await child.start(command, stdin=stdin, stderr=child.PIPE, pass_fds=fds, env={}, folder=Path("/"))
     except OSError as error:
         raise SetupFailed(f"{command[0]}: {error.strerror}") from error
     assert process.stdout is not None and process.stderr is not None
@@ -114,6 +113,7 @@ async def _run(run: Run, command: list[str], stdin: int, fds: list[int], report:
             log.error("a sandbox did not end within %.0f s of being killed", END_SECONDS)
             for task in still:
                 task.cancel()
+        process.close()
     run.seconds = time.monotonic() - started
     _conclude(run, report)
     return run
@@ -130,8 +130,8 @@ async def _kill(pid: int) -> None:
         ends = time.monotonic() + END_SECONDS
         while process_tree.state(pid) not in "TtZX" and time.monotonic() < ends:
             await asyncio.sleep(0.001)
-        for child in process_tree.children(pid):
-            os.kill(child, signal.SIGKILL)
+        for first in process_tree.children(pid):
+            os.kill(first, signal.SIGKILL)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
