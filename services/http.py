@@ -13,11 +13,12 @@ import json
 import logging
 import os
 import re
+import resource
 import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -365,11 +366,19 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def _raise_open_files() -> None:
+    """Shells often allow 1024 open files of the many more that the system would: too few for a batch of callers."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # where the system says `unlimited` and means less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
     """Serve until SIGTERM or SIGINT, then finish running requests for at most `drain_seconds`.
 
     Raises StartupError when the port is busy or the app's start-up failed.
     """
+    _raise_open_files()
     bound = listen(host, port)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=75

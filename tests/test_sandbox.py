@@ -4,6 +4,7 @@ import asyncio
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ from served import served
 
 from reward_server import child
 from reward_server.sandbox import app as sandbox_app
-from reward_server.sandbox import bubblewrap, process_tree, seccomp
+from reward_server.sandbox import bubblewrap, process_tree, provider, seccomp
 from reward_server.sandbox.bubblewrap import Bubblewrap
 from reward_server.sandbox.choice import choose
 from reward_server.sandbox.compare import same_output
@@ -292,19 +293,58 @@ def test_a_process_tree_is_counted_with_its_grandchildren():
 
 
 async def test_places_are_bounded_and_so_is_the_queue():
-    places, running, most = Places(2, 3), 0, 0
+    places, running, most, admitted_at_once = Places(2, 3), 0, 0, 0
+    admitted = 2 * provider.PROGRAMS_A_PLACE
 
     async def one():
-        nonlocal running, most
-        async with places.place():
-            running += 1
-            most = max(most, running)
-            await asyncio.sleep(0.01)
-            running -= 1
+        nonlocal running, most, admitted_at_once
+        async with places.program(time.monotonic() + 60):
+            admitted_at_once = max(admitted_at_once, admitted - places.programs._value)
+            async with places.free:
+                running += 1
+                most = max(most, running)
+                await asyncio.sleep(0.01)
+                running -= 1
 
-    results = await asyncio.gather(*(one() for _ in range(9)), return_exceptions=True)
-    assert most == 2
-    assert sum(isinstance(result, Busy) for result in results) == 9 - 2 - 3
+    results = await asyncio.gather(*(one() for _ in range(admitted + 3 + 4)), return_exceptions=True)
+    assert most == 2 and admitted_at_once == admitted
+    assert sum(isinstance(result, Busy) for result in results) == 4
+    assert places.waiting == 0 and places.programs._value == admitted
+
+
+async def test_programs_that_wait_hold_no_descriptor():
+    sandbox = await started(Bubblewrap(frozenset({"python"}), concurrency=1))
+    before = len(os.listdir("/proc/self/fd"))
+    most = 0
+
+    async def one() -> None:
+        nonlocal most
+        assert told(await run(sandbox, "print(1)")) == [("ok", "1")]
+        most = max(most, len(os.listdir("/proc/self/fd")))
+
+    await asyncio.gather(*(one() for _ in range(30)))
+    assert most < before + 24
+    await sandbox.stop()
+
+
+async def test_out_of_descriptors_is_an_error_of_that_program_and_leaks_none():
+    sandbox = await started(Bubblewrap(frozenset({"python"}), concurrency=2))
+    before = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(100 + len(before)) if number not in before]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for spare in range(0, 24, 2):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], limits[1]))
+            results = await asyncio.gather(*(run(sandbox, "print(1)") for _ in range(3)))
+            assert {result.status for (result,) in results} <= {"error", "ok"}
+            if not spare:
+                assert "Too many open files" in results[0][0].detail and "Too many" in sandbox.state()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert told(await run(sandbox, "print(1)")) == [("ok", "1")]
+    await asyncio.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    await sandbox.stop()
 
 
 async def test_a_fault_ends_a_programs_turn():

@@ -68,40 +68,42 @@ def reopened(fd: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-async def run(command: list[str], stdin: int, fds: list[int], report: int, limits: Limits) -> Run:
+async def run(command: list[str], stdin: int, fds: list[int], report: int, limits: Limits, most_stdout: int) -> Run:
     """Run `command`, a bubblewrap call that inherits `fds`; `report` is the end we read of its --json-status-fd.
+    More than `most_stdout` bytes to stdout end it.
 
-    Raises SetupFailed. However it ends, cancelled too, no process of the tree is left.
+    Raises SetupFailed, and OSError where it cannot be started or watched. However it ends, cancelled too, no process of
+    the tree is left.
     """
     run = Run()
-    work = asyncio.create_task(_run(run, command, stdin, fds, report, limits))
+    work = asyncio.create_task(_run(run, command, stdin, fds, report, limits, most_stdout))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         # Not the work itself is cancelled, which may be about to start the process.
         run.stopped.set()
-        with suppress(SetupFailed):
+        with suppress(SetupFailed, OSError):
             await work
         raise
 
 
-async def _run(run: Run, command: list[str], stdin: int, fds: list[int], report: int, limits: Limits) -> Run:
+async def _run(
+    run: Run, command: list[str], stdin: int, fds: list[int], report: int, limits: Limits, most_stdout: int
+) -> Run:
     started = time.monotonic()
-    try:
-        process = await child.start(command, stdin=stdin, stderr=child.PIPE, pass_fds=fds, env={}, folder=Path("/"))
-    except OSError as error:
-        raise SetupFailed(f"{command[0]}: {error.strerror}") from error
+    process = await child.start(command, stdin=stdin, stderr=child.PIPE, pass_fds=fds, env={}, folder=Path("/"))
     assert process.stdout is not None and process.stderr is not None
     ended = asyncio.create_task(process.wait())
     stopped = asyncio.create_task(run.stopped.wait())
     watcher = asyncio.create_task(_watch(process.pid, run, limits))
     readers = [
-        asyncio.create_task(_read(process.stdout, run.stdout, limits.output_bytes, run, "stdout", limits.output_bytes)),
+        asyncio.create_task(_read(process.stdout, run.stdout, most_stdout, run, "stdout", most_stdout)),
         asyncio.create_task(_read(process.stderr, run.stderr, STDERR_TAIL, run, "stderr", limits.output_bytes)),
     ]
     try:
-        await asyncio.wait({ended, stopped}, timeout=limits.wall_seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done() and not run.stopped.is_set():
+        some = {ended, stopped, watcher}
+        await asyncio.wait(some, timeout=limits.wall_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not any(task.done() for task in some):
             run.stop("timeout", f"no end within {limits.wall_seconds:g} s")
     finally:
         watcher.cancel()
@@ -115,6 +117,8 @@ async def _run(run: Run, command: list[str], stdin: int, fds: list[int], report:
                 task.cancel()
         process.close()
     run.seconds = time.monotonic() - started
+    with suppress(asyncio.CancelledError):
+        await watcher  # it may have failed: what was not watched has no result
     _conclude(run, report)
     return run
 
@@ -125,7 +129,7 @@ async def _kill(pid: int) -> None:
     bubblewrap binds the child's life to its own (--die-with-parent) only once it has set the sandbox up; it is stopped
     first, so that it cannot start the child after we looked.
     """
-    with suppress(ProcessLookupError):
+    with suppress(OSError):  # it is gone, or we are out of descriptors; --die-with-parent is then all there is
         os.kill(pid, signal.SIGSTOP)
         ends = time.monotonic() + END_SECONDS
         while process_tree.state(pid) not in "TtZX" and time.monotonic() < ends:
