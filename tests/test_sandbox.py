@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -24,7 +25,7 @@ from served import served
 
 from reward_server import child
 from reward_server.sandbox import app as sandbox_app
-from reward_server.sandbox import bubblewrap, process_tree, provider, seccomp
+from reward_server.sandbox import bubblewrap, confined, process_tree, provider, seccomp
 from reward_server.sandbox.bubblewrap import Bubblewrap
 from reward_server.sandbox.choice import choose
 from reward_server.sandbox.compare import same_output
@@ -223,6 +224,70 @@ async def test_what_does_not_compile_is_said_once(sandbox):
     results = await run(sandbox, "int main() { return x; }", "1", "2", language="cpp")
     assert [result.status for result in results] == ["compile", "compile"]
     assert "was not declared" in results[0].stderr
+
+
+class Starved(Bubblewrap):
+    """Its programs give way to whatever else wants this process's CPUs."""
+
+    def _arguments(self, *given):
+        return [shutil.which("nice"), "-n", "19", *super()._arguments(*given)]
+
+
+@pytest.fixture
+def hog():
+    """This process and its children have one CPU, which another process keeps busy."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    yield process
+    process.kill()
+    process.wait()
+    os.sched_setaffinity(0, cpus)
+
+
+async def test_a_machine_too_busy_makes_no_verdict(hog):
+    sandbox = Starved(frozenset({"python"}), concurrency=1)
+    hog.send_signal(signal.SIGSTOP)
+    await started(sandbox)
+    hog.send_signal(signal.SIGCONT)
+    spinning = "import time\nwhile time.process_time() < 0.5: pass\nprint(7)"
+    results = await run(sandbox, spinning, "1", "2", wall_seconds=0.4)
+    assert [result.status for result in results] == ["deadline", "deadline"] and "too busy" in results[0].detail
+    await sandbox.stop()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "slices", "ends"),
+    [
+        ([True] * 100, 0.05, "timeout"),  # on a CPU all the time
+        ([True] * 100, 0.005, None),  # a tenth of a CPU was all there was
+        ([False] * 100, 0.0, "timeout"),  # asleep
+        ([True, False] * 50, 0.02, "timeout"),  # works, and waits for something
+        ([True] * 30 + [False] * 70, 0.001, "timeout"),  # starved, then asleep
+    ],
+)
+async def test_the_wall_limit_does_not_count_waiting_for_a_cpu(monkeypatch, wanted, slices, ends):
+    """Of 100 looks at intervals of 0.05 s, with a wall limit of 2 s."""
+    now, cpu, left = 0.0, 0.0, list(wanted)
+
+    def usage(pid):
+        nonlocal cpu
+        is_runnable = left.pop(0)
+        cpu += slices if is_runnable else 0.0
+        if not left:
+            run.stopped.set()
+        return process_tree.Usage([pid], cpu, is_runnable=is_runnable)
+
+    async def sleep(_seconds):
+        nonlocal now
+        now += 0.05
+
+    monkeypatch.setattr(confined, "process_tree", SimpleNamespace(usage=usage, files_in=lambda *_: 0))
+    monkeypatch.setattr(confined, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(confined, "asyncio", SimpleNamespace(sleep=sleep))
+    run = confined.Run()
+    await confined._watch(1, run, Limits(seconds=100, wall_seconds=2))
+    assert run.over == ends
 
 
 async def test_a_large_input_is_read_or_left(sandbox):

@@ -12,7 +12,8 @@ expected output). (After three tests over their time the others count as over it
 does not compile passes none.
 
 Outcomes: `correct` (all passed), `wrong`, `no_answer` (no code block; value 0). What is not the program's fault gives
-no value: `timeout` when the request's deadline passes before the tests are through, `error` when the sandbox fails.
+no value: `timeout` when the request's deadline passes before the tests are through, or the machine is too busy to run
+the program, `error` when the sandbox fails.
 """
 
 import asyncio

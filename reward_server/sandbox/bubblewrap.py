@@ -131,6 +131,8 @@ class Bubblewrap(Sandbox):
             return CaseResult(status="error", detail=str(error))
         if done.over is None and done.exit_code == 0:
             return bytes(done.stdout)
+        if done.over == "deadline":
+            return CaseResult(status="deadline", seconds=done.seconds, detail=done.detail)
         stderr = done.stderr.decode(errors="replace")
         return CaseResult(status="compile", stderr=stderr, seconds=done.seconds, detail=done.detail or "compile error")
 

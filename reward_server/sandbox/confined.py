@@ -23,8 +23,10 @@ MOST_FILES = 4096
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.05
 """Seconds between two looks at the process tree: it overshoots a limit by what it can do in that time."""
 END_SECONDS = 10.0
+MOST_WALL = 3
+"""Times the wall limit that a program gets where others have the CPUs."""
 
-Limit = Literal["timeout", "memory", "output"]
+Limit = Literal["timeout", "memory", "output", "deadline"]
 
 
 class SetupFailed(Exception):
@@ -101,10 +103,10 @@ async def _run(
         asyncio.create_task(_read(process.stderr, run.stderr, STDERR_TAIL, run, "stderr", limits.output_bytes)),
     ]
     try:
-        some = {ended, stopped, watcher}
-        await asyncio.wait(some, timeout=limits.wall_seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not any(task.done() for task in some):
-            run.stop("timeout", f"no end within {limits.wall_seconds:g} s")
+        most = MOST_WALL * limits.wall_seconds
+        await asyncio.wait({ended, stopped, watcher}, timeout=most, return_when=asyncio.FIRST_COMPLETED)
+        if not any(task.done() for task in (ended, stopped, watcher)):
+            run.stop("deadline", f"no end within {most:g} s, in which it waited for a CPU: the machine is too busy")
     finally:
         watcher.cancel()
         stopped.cancel()
@@ -152,16 +154,23 @@ async def _read(stream: asyncio.StreamReader, kept: bytearray, keep: int, run: R
 
 
 async def _watch(pid: int, run: Run, limits: Limits) -> None:
-    pause = FIRST_PAUSE
+    """The wall limit is for waiting that is the program's own. What does not count is time in which it wanted a CPU and
+    had none: a task of the tree can run, and no CPU time came of it."""
+    pause, before, cpu_before, own_seconds = FIRST_PAUSE, time.monotonic(), 0.0, 0.0
     while not run.stopped.is_set():
         await asyncio.sleep(pause)
         pause = min(LONGEST_PAUSE, 1.5 * pause)
-        now = process_tree.usage(pid)
-        if now.cpu_seconds > limits.seconds:
+        now, usage = time.monotonic(), process_tree.usage(pid)
+        took, got = now - before, usage.cpu_seconds - cpu_before
+        own_seconds += min(took, max(0.0, got)) if usage.is_runnable else took
+        before, cpu_before = now, usage.cpu_seconds
+        if own_seconds > limits.wall_seconds:
+            run.stop("timeout", f"no end within {limits.wall_seconds:g} s")
+        if usage.cpu_seconds > limits.seconds:
             run.stop("timeout", f"more than {limits.seconds:g} s of CPU time")
-        if now.memory_bytes > limits.memory_mb * 2**20:
+        if usage.memory_bytes > limits.memory_mb * 2**20:
             run.stop("memory", f"more than {limits.memory_mb} MB of memory")
-        if process_tree.files_in(now.pids[-1], "/tmp") > MOST_FILES:
+        if process_tree.files_in(usage.pids[-1], "/tmp") > MOST_FILES:
             run.stop("output", f"more than {MOST_FILES} files")
 
 

@@ -12,11 +12,13 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 @dataclass
 class Usage:
     """`cpu_seconds` include descendants that ended and were waited for. `memory_bytes` is resident memory without what
-    files share, and counts pages that a process shares with its fork for both. `pids`: the tree, ancestors first."""
+    files share, and counts pages that a process shares with its fork for both. `pids`: the tree, ancestors first.
+    `is_runnable`: one of its threads runs, or would if it had a CPU."""
 
     pids: list[int]
     cpu_seconds: float = 0.0
     memory_bytes: int = 0
+    is_runnable: bool = False
 
 
 def usage(root: int) -> Usage:
@@ -30,20 +32,28 @@ def usage(root: int) -> Usage:
             found.memory_bytes += max(0, resident - shared) * PAGE
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
+        found.is_runnable = found.is_runnable or any(state(f"{pid}/task/{task}") == "R" for task in _threads(pid))
         found.pids += children(pid)
     return found
 
 
 def children(pid: int) -> list[int]:
     found: list[int] = []
-    with suppress(FileNotFoundError, ProcessLookupError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    for thread in _threads(pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
     return found
 
 
-def state(pid: int) -> str:
-    """The letter that the kernel gives it (T: stopped, Z: zombie); X when it is gone."""
+def _threads(pid: int) -> list[str]:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return os.listdir(f"/proc/{pid}/task")
+    return []
+
+
+def state(pid: int | str) -> str:
+    """The letter that the kernel gives a process, or a thread `pid/task/tid` (R: runs or could, T: stopped, Z: zombie);
+    X when it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):

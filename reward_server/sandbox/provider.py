@@ -41,8 +41,8 @@ class Case(Wire):
 
 class Limits(Wire):
     """What one case may use: CPU seconds of its whole process tree (so that a busy machine makes no verdict), wall
-    seconds in which to get them, memory of the tree (and address space of each process), processes with threads, files
-    written, bytes to stdout and to stderr each. Compiling has its own time, and four times the memory.
+    seconds (bubblewrap does not count waiting for a CPU), memory of the tree (and address space of each process),
+    processes with threads, files written, bytes to stdout and to stderr each. Compiling has its own time, and four times the memory.
 
     After `timeouts` cases over their time the program's other cases are not run and count as over it, too.
     """
@@ -61,7 +61,8 @@ class CaseResult(Wire):
     """`ok`: the program ended by itself with exit code 0. `crash`: with another, or by a signal (128 + its number).
 
     `timeout`, `memory` and `output`: it was ended at that limit. `compile`: it does not compile. `deadline` and `error`
-    are no fault of the program. `stdout` is text (UTF-8, bad bytes replaced), `stderr` its end, `seconds` wall time.
+    are no fault of the program: the request's time was up, or the machine too busy to run it; the sandbox failed.
+    `stdout` is text (UTF-8, bad bytes replaced), `stderr` its end, `seconds` wall time.
     """
 
     status: Status
