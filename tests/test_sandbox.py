@@ -553,6 +553,27 @@ async def test_the_service_refuses_by_field_and_without_its_token(service):
         assert (await http.post("/v1/execute", json=body, headers={"Authorization": ""})).status_code == 401
 
 
+async def test_a_call_whose_client_has_gone_ends(service):
+    """Both places sleep for clients that do not wait: the next call is served all the same."""
+    body = {"program": {"language": "python", "source": "import time\ntime.sleep(100)"}, "cases": [{}] * 3}
+    body["limits"] = {"wall_seconds": 200}
+    async with httpx.AsyncClient(base_url=service, headers={"Authorization": "Bearer word"}, timeout=60) as http:
+
+        async def abandoned() -> None:
+            with pytest.raises(httpx.ReadTimeout):
+                await http.post("/v1/execute", json=body, timeout=httpx.Timeout(60, read=2))
+
+        await asyncio.gather(*(abandoned() for _ in range(12)))
+        answer = await http.post(
+            "/v1/execute",
+            json={"program": {"language": "python", "source": "print(1)"}, "cases": [{}]},
+            headers={"X-Deadline-Seconds": "40"},
+        )
+        assert answer.json()["results"][0]["status"] == "ok", answer.text
+        metrics = (await http.get("/metrics")).text
+    assert re.search(r'requests_total\{route="/v1/execute",service="sandbox",status="499"\} \d+', metrics)
+
+
 async def test_a_service_that_is_not_there_is_no_zero(monkeypatch):
     monkeypatch.setattr("reward_server.sandbox.remote.RETRY_SECONDS", 0.0)
     remote = RemoteSandbox("http://127.0.0.1:9")

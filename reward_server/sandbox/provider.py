@@ -42,7 +42,8 @@ class Case(Wire):
 class Limits(Wire):
     """What one case may use: CPU seconds of its whole process tree (so that a busy machine makes no verdict), wall
     seconds (bubblewrap does not count waiting for a CPU), memory of the tree (and address space of each process),
-    processes with threads, files written, bytes to stdout and to stderr each. Compiling has its own time, and four times the memory.
+    processes with threads, files written, bytes to stdout and to stderr each. Compiling has its own time, and four
+    times the memory.
 
     After `timeouts` cases over their time the program's other cases are not run and count as over it, too.
     """
