@@ -277,6 +277,25 @@ async def test_where_the_value_is_no_literal_the_code_is_run(workers, sandbox):
     assert failed.value is None and "ZeroDivisionError" in failed.detail
 
 
+@pytest.mark.parametrize(
+    ("said", "runs", "outcome"),
+    [
+        ("3 # sure", "3", "correct"),
+        ("[1, # one\n 2]", "[1, 2]", "wrong"),
+        ("dict(a=1, a=2)", None, "no_answer"),
+        ("0x" + "f" * 5000, None, "no_answer"),
+        ("'a' 'b'", "'ab'", "wrong"),
+    ],
+)
+async def test_only_the_value_of_a_prediction_gets_into_the_program(sandbox, said, runs, outcome):
+    found = code_output.check({"gold": "f(1)", "text": f"[ANSWER]{said}[/ANSWER]"})
+    assert found == {"outcome": "unparsable" if runs else "no_answer", "said": runs or ""}
+    if runs:
+        context = Context(None, time.monotonic() + 60, Turn(), sandbox=sandbox)
+        score = await code_output._run("def f(n): return n", "3", found["said"], context)
+        assert str(score.outcome) == outcome and score.value == float(outcome == "correct")
+
+
 @pytest.mark.skipif(not CRUXEVAL.exists(), reason="the CRUXEval rows are not here")
 async def test_every_cruxeval_answer_verifies_and_no_other_does(workers):
     rows = [json.loads(line) for line in CRUXEVAL.read_text().splitlines()]
