@@ -270,7 +270,7 @@ async def test_the_wall_limit_does_not_count_waiting_for_a_cpu(monkeypatch, want
     """Of 100 looks at intervals of 0.05 s, with a wall limit of 2 s."""
     now, cpu, left = 0.0, 0.0, list(wanted)
 
-    def usage(pid):
+    def usage(pid, _last):
         nonlocal cpu
         is_runnable = left.pop(0)
         cpu += slices if is_runnable else 0.0
@@ -282,7 +282,9 @@ async def test_the_wall_limit_does_not_count_waiting_for_a_cpu(monkeypatch, want
         nonlocal now
         now += 0.05
 
-    monkeypatch.setattr(confined, "process_tree", SimpleNamespace(usage=usage, files_in=lambda *_: 0))
+    monkeypatch.setattr(
+        confined, "process_tree", SimpleNamespace(Usage=process_tree.Usage, usage=usage, files_in=lambda *_: 0)
+    )
     monkeypatch.setattr(confined, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(confined, "asyncio", SimpleNamespace(sleep=sleep))
     run = confined.Run()
@@ -352,6 +354,48 @@ def test_a_process_tree_is_counted_with_its_grandchildren():
         process.wait()
         process.stdout.close()
     assert process_tree.usage(process.pid).memory_bytes == 0
+
+
+CHILDREN = """
+import os, signal, sys, time
+def child():
+    while time.process_time() < 0.25: pass
+    os._exit(0)
+signal.signal(signal.SIGCHLD, {action})
+for _ in range({count}):
+    if os.fork() == 0: child()
+    try: os.wait()
+    except ChildProcessError: pass
+print(7)
+"""
+
+
+@pytest.mark.parametrize(("action", "count", "ends"), [("SIG_DFL", 6, "ok"), ("SIG_IGN", 100, "timeout")])
+async def test_cpu_time_of_children_counts_once_whether_waited_for_or_not(sandbox, action, count, ends):
+    program = Program(language="python", source=CHILDREN.format(action=f"signal.{action}", count=count))
+    limits = Limits(seconds=2.5, wall_seconds=100)
+    (result,) = await sandbox.run(program, [Case()], limits, time.monotonic() + 100)
+    detail = "" if ends == "ok" else "more than 2.5 s of CPU time"
+    assert (result.status, result.detail) == (ends, detail)
+
+
+SHARING = """
+import mmap, os, time
+memory = mmap.mmap(-1, 100 * 2**20)
+for place in range(0, len(memory), 4096): memory[place] = 1
+{rest}
+"""
+
+
+async def test_shared_memory_counts_and_counts_once(sandbox):
+    one = SHARING.format(
+        rest="for _ in range(4):\n    if os.fork() == 0:\n        memory.read(); time.sleep(1); os._exit(0)\n"
+        "for _ in range(4): os.wait()\nprint(7)"
+    )
+    assert told(await run(sandbox, one, memory_mb=300, wall_seconds=100)) == [("ok", "7")]
+    each = "import os\nfor _ in range(5):\n    if os.fork() == 0: break\n" + SHARING.format(rest="time.sleep(60)")
+    (result,) = await run(sandbox, each, memory_mb=300, wall_seconds=100)
+    assert (result.status, result.detail) == ("memory", "more than 300 MB of memory")
 
 
 # ---- places and turns ------------------------------------------------------------------------------------------

@@ -156,19 +156,21 @@ async def _read(stream: asyncio.StreamReader, kept: bytearray, keep: int, run: R
 async def _watch(pid: int, run: Run, limits: Limits) -> None:
     """The wall limit is for waiting that is the program's own. What does not count is time in which it wanted a CPU and
     had none: a task of the tree can run, and no CPU time came of it."""
-    pause, before, cpu_before, own_seconds = FIRST_PAUSE, time.monotonic(), 0.0, 0.0
+    pause, before, own_seconds = FIRST_PAUSE, time.monotonic(), 0.0
+    usage = process_tree.Usage([pid])
     while not run.stopped.is_set():
         await asyncio.sleep(pause)
         pause = min(LONGEST_PAUSE, 1.5 * pause)
-        now, usage = time.monotonic(), process_tree.usage(pid)
-        took, got = now - before, usage.cpu_seconds - cpu_before
+        now, last, usage = time.monotonic(), usage, process_tree.usage(pid, usage)
+        took, got = now - before, usage.cpu_seconds - last.cpu_seconds
         own_seconds += min(took, max(0.0, got)) if usage.is_runnable else took
-        before, cpu_before = now, usage.cpu_seconds
+        before = now
         if own_seconds > limits.wall_seconds:
             run.stop("timeout", f"no end within {limits.wall_seconds:g} s")
         if usage.cpu_seconds > limits.seconds:
             run.stop("timeout", f"more than {limits.seconds:g} s of CPU time")
-        if usage.memory_bytes > limits.memory_mb * 2**20:
+        most = limits.memory_mb * 2**20
+        if usage.memory_bytes > most and process_tree.memory(usage.pids) > most:
             run.stop("memory", f"more than {limits.memory_mb} MB of memory")
         if process_tree.files_in(usage.pids[-1], "/tmp") > MOST_FILES:
             run.stop("output", f"more than {MOST_FILES} files")
