@@ -33,7 +33,8 @@ def descriptors(pid: int | str = "self") -> set[int]:
 def test_a_child_inherits_what_it_is_given_and_nothing_else(run):
     async def main() -> None:
         reads, writes = os.pipe()
-        process = await child.start(["sleep", "100"], stderr=child.PIPE, pass_fds=[writes], env={})
+        process = await child.start(["sh", "-c", "echo up; read word"], stderr=child.PIPE, pass_fds=[writes], env={})
+        assert process.stdout and await process.stdout.readline() == b"up\n"  # its libraries are loaded
         assert descriptors(process.pid) == {0, 1, 2, writes}
         process.kill()
         assert await process.wait() == process.returncode == -9
