@@ -21,6 +21,7 @@ from typing import Any, Literal
 import msgpack
 from prometheus_client import Counter, Gauge
 
+from reward_server import child
 from reward_server.worker_process import HEADER
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Died(Exception):
 
 
 class _Process:
-    def __init__(self, process: asyncio.subprocess.Process):
+    def __init__(self, process: child.Child):
         assert process.stdin is not None and process.stdout is not None
         self.process, self.stdin, self.stdout = process, process.stdin, process.stdout
 
@@ -85,9 +86,7 @@ class _Process:
     async def start(cls, memory_bytes: int) -> "_Process":
         # Not `-m`: the module would then exist twice in the child, and its exceptions with it.
         argv = [sys.executable, "-c", f"from reward_server.worker_process import main; main({memory_bytes})"]
-        pipe = asyncio.subprocess.PIPE
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return cls(await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe, env=env))
+        return cls(await child.start(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}))
 
     async def exchange(self, request: dict[str, Any], hard_seconds: float) -> dict[str, Any]:
         """Raises TimeoutError at the hard limit and Died."""
@@ -106,11 +105,9 @@ class _Process:
         if self.stdout.at_eof():
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.process.wait(), 1.0)
-        if self.process.returncode is None:
-            with suppress(ProcessLookupError):
-                self.process.kill()
+        self.process.kill()
         code = await self.process.wait()
-        self.stdin.close()
+        self.process.close()
         return code
 
 

@@ -13,11 +13,12 @@ import json
 import logging
 import os
 import re
+import resource
 import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -42,6 +43,8 @@ MSGPACK = "application/msgpack"
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"})
 OPEN_FOLDER = "/static-offline-docs/"
 """Served without a token and outside the concurrency limit: probes and scrapers must get through a busy server."""
+ABANDONED = frozenset({"/v1/execute", "/v1/rewards", "/v1/score"})
+"""Calls that only compute for their caller: they end when it closes the connection."""
 REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 
 REQUESTS = Counter("rlif_http_requests_total", "HTTP requests by route and status", ["service", "route", "status"])
@@ -154,17 +157,29 @@ class _Gate:
             await send(message)
 
         counted = not _is_open(scope["path"])
+        watching: asyncio.Task | None = None
         self.in_flight += counted
         IN_FLIGHT.labels(self.service).set(self.in_flight)
         try:
             deadline = self._admit(scope, headers)
             async with asyncio.timeout(deadline) as limit:
-                await self.app(scope, self._bounded(receive), answer)
+                bounded = self._bounded(receive)
+
+                async def noticing() -> Message:
+                    nonlocal watching
+                    message = await bounded()
+                    if watching is None and scope["path"] in ABANDONED and not message.get("more_body"):
+                        watching = asyncio.create_task(_end_with_client(receive, limit, lambda: finished))
+                    return message
+
+                await self.app(scope, noticing, answer)
         except Problem as problem:
             await problem_response(problem)(scope, receive, answer)
         except TimeoutError:
             if status or not limit.expired():
                 raise
+            if watching and watching.done():
+                return  # nobody is there to be answered
             late = Problem(504, "The deadline passed", f"X-Deadline-Seconds: {deadline:g} s were not enough")
             await problem_response(late)(scope, receive, answer)
         except Exception as error:
@@ -174,6 +189,8 @@ class _Gate:
             crash = Problem(500, "Internal error", f"logged under request id {request_id.get()}")
             await problem_response(crash)(scope, receive, answer)
         finally:
+            if watching:
+                watching.cancel()
             self.in_flight -= counted
             IN_FLIGHT.labels(self.service).set(self.in_flight)
             seconds = time.perf_counter() - started
@@ -248,6 +265,14 @@ class _Gate:
             return message
 
         return bounded
+
+
+async def _end_with_client(receive: Receive, limit: asyncio.Timeout, is_answered: Callable[[], bool]) -> None:
+    """Call once the body is whole: what comes then is the end of the connection, or of the answer."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if not is_answered():
+        limit.reschedule(asyncio.get_running_loop().time())
 
 
 def _is_open(path: str) -> bool:
@@ -381,11 +406,19 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def _raise_open_files() -> None:
+    """Shells often allow 1024 open files of the many more that the system would: too few for a batch of callers."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # where the system says `unlimited` and means less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
     """Serve until SIGTERM or SIGINT, then finish running requests for at most `drain_seconds`.
 
     Raises StartupError when the port is busy or the app's start-up failed.
     """
+    _raise_open_files()
     bound = listen(host, port)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=75

@@ -162,10 +162,47 @@ async def test_what_is_no_fault_of_the_program_is_no_zero(sandbox):
     await dead.stop()
 
 
+async def test_outputs_are_compared_as_they_arrive_and_not_kept(monkeypatch):
+    """32 programs with 16 tests that print almost what they may: what is in memory at once is a few outputs."""
+    alive = most = 0
+
+    class Printed(str):
+        def __new__(cls, text):
+            nonlocal alive, most
+            alive, most = alive + 1, max(most, alive + 1)
+            return super().__new__(cls, text)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    async def printing(_self, _command, _files, case, limits):
+        return CaseResult.model_construct(status="ok", stdout=Printed("x" * case.most_stdout(limits)), seconds=0.0)
+
+    monkeypatch.setattr(Bubblewrap, "_case", printing)
+    texts = [f"```python\n{number}\n```" for number in range(32)]
+    tests = [TestCase(input="", output="x")] * 16
+    found = await score(code_tests, group_of(*texts, tests=tests), Bubblewrap(frozenset({"python"}), concurrency=2))
+    assert told(found) == [(0.0, "wrong")] * 32 and most <= 2 * 4 + 8
+
+
+async def test_an_output_that_cannot_be_right_any_more_ends_its_test(sandbox):
+    wanted = "7 " * 50_000
+    texts = [f"```python\nprint({said})\n```" for said in ("'7\\n\\n ' * 50_000", "'7 ' * 10**6", "' ' * 70_000 + '7'")]
+    long = await score(code_tests, group_of(*texts, tests=[TestCase(input="", output=wanted)]), sandbox)
+    assert told(long) == [(1.0, "correct"), (0.0, "wrong"), (0.0, "wrong")]
+    assert long[1].detail == f"0 of 1 passed; test 0: more than {2**16 + 4 * len(wanted)} bytes to stdout"
+    (short,) = await score(code_tests, group_of(texts[2], tests=[TestCase(input="", output="7")]), sandbox)
+    assert told([short]) == [(0.0, "wrong")] and "more than 65540 bytes" in short.detail
+    noisy = "```python\nimport sys\nsys.stderr.write('x' * 200_000)\nprint(7)\n```"
+    found = await score(code_tests, group_of(noisy, tests=[TestCase(input="", output="7")]), sandbox)
+    assert told(found) == [(1.0, "correct")]
+
+
 @pytest.mark.parametrize("status", ["deadline", "error"])
 def test_one_case_that_says_nothing_makes_the_score_missing(status):
     results = [CaseResult(status="ok", stdout="2"), CaseResult(status=status, detail="why")]
-    found = code_tests.judge(results, TESTS[:2], code_tests.CodeTestsParams())
+    found = code_tests.judge(results, {0}, "share")
     assert found.value is None and found.detail == "why"
     assert str(found.outcome) == ("timeout" if status == "deadline" else "error")
 
@@ -238,6 +275,25 @@ async def test_where_the_value_is_no_literal_the_code_is_run(workers, sandbox):
     broken = group_of(texts[0], answer="OrderedDict()", code="def f(n): 1 / 0", input="2")
     (failed,) = await score(code_output, broken, sandbox, workers)
     assert failed.value is None and "ZeroDivisionError" in failed.detail
+
+
+@pytest.mark.parametrize(
+    ("said", "runs", "outcome"),
+    [
+        ("3 # sure", "3", "correct"),
+        ("[1, # one\n 2]", "[1, 2]", "wrong"),
+        ("dict(a=1, a=2)", None, "no_answer"),
+        ("0x" + "f" * 5000, None, "no_answer"),
+        ("'a' 'b'", "'ab'", "wrong"),
+    ],
+)
+async def test_only_the_value_of_a_prediction_gets_into_the_program(sandbox, said, runs, outcome):
+    found = code_output.check({"gold": "f(1)", "text": f"[ANSWER]{said}[/ANSWER]"})
+    assert found == {"outcome": "unparsable" if runs else "no_answer", "said": runs or ""}
+    if runs:
+        context = Context(None, time.monotonic() + 60, Turn(), sandbox=sandbox)
+        score = await code_output._run("def f(n): return n", "3", found["said"], context)
+        assert str(score.outcome) == outcome and score.value == float(outcome == "correct")
 
 
 @pytest.mark.skipif(not CRUXEVAL.exists(), reason="the CRUXEval rows are not here")

@@ -4,6 +4,7 @@ import asyncio
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -21,8 +23,9 @@ from hypothesis import strategies as st
 from sandboxes import started
 from served import served
 
+from reward_server import child
 from reward_server.sandbox import app as sandbox_app
-from reward_server.sandbox import bubblewrap, process_tree, seccomp
+from reward_server.sandbox import bubblewrap, confined, process_tree, provider, seccomp
 from reward_server.sandbox.bubblewrap import Bubblewrap
 from reward_server.sandbox.choice import choose
 from reward_server.sandbox.compare import same_output
@@ -223,6 +226,72 @@ async def test_what_does_not_compile_is_said_once(sandbox):
     assert "was not declared" in results[0].stderr
 
 
+class Starved(Bubblewrap):
+    """Its programs give way to whatever else wants this process's CPUs."""
+
+    def _arguments(self, *given):
+        return [shutil.which("nice"), "-n", "19", *super()._arguments(*given)]
+
+
+@pytest.fixture
+def hog():
+    """This process and its children have one CPU, which another process keeps busy."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    yield process
+    process.kill()
+    process.wait()
+    os.sched_setaffinity(0, cpus)
+
+
+async def test_a_machine_too_busy_makes_no_verdict(hog):
+    sandbox = Starved(frozenset({"python"}), concurrency=1)
+    hog.send_signal(signal.SIGSTOP)
+    await started(sandbox)
+    hog.send_signal(signal.SIGCONT)
+    spinning = "import time\nwhile time.process_time() < 0.5: pass\nprint(7)"
+    results = await run(sandbox, spinning, "1", "2", wall_seconds=0.4)
+    assert [result.status for result in results] == ["deadline", "deadline"] and "too busy" in results[0].detail
+    await sandbox.stop()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "slices", "ends"),
+    [
+        ([True] * 100, 0.05, "timeout"),  # on a CPU all the time
+        ([True] * 100, 0.005, None),  # a tenth of a CPU was all there was
+        ([False] * 100, 0.0, "timeout"),  # asleep
+        ([True, False] * 50, 0.02, "timeout"),  # works, and waits for something
+        ([True] * 30 + [False] * 70, 0.001, "timeout"),  # starved, then asleep
+    ],
+)
+async def test_the_wall_limit_does_not_count_waiting_for_a_cpu(monkeypatch, wanted, slices, ends):
+    """Of 100 looks at intervals of 0.05 s, with a wall limit of 2 s."""
+    now, cpu, left = 0.0, 0.0, list(wanted)
+
+    def usage(pid, _last):
+        nonlocal cpu
+        is_runnable = left.pop(0)
+        cpu += slices if is_runnable else 0.0
+        if not left:
+            run.stopped.set()
+        return process_tree.Usage([pid], cpu, is_runnable=is_runnable)
+
+    async def sleep(_seconds):
+        nonlocal now
+        now += 0.05
+
+    monkeypatch.setattr(
+        confined, "process_tree", SimpleNamespace(Usage=process_tree.Usage, usage=usage, files_in=lambda *_: 0)
+    )
+    monkeypatch.setattr(confined, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(confined, "asyncio", SimpleNamespace(sleep=sleep))
+    run = confined.Run()
+    await confined._watch(1, run, Limits(seconds=100, wall_seconds=2))
+    assert run.over == ends
+
+
 async def test_a_large_input_is_read_or_left(sandbox):
     text = "x" * 2**23
     results = await run(sandbox, "import sys\nprint(len(sys.stdin.read()))", text)
@@ -287,23 +356,104 @@ def test_a_process_tree_is_counted_with_its_grandchildren():
     assert process_tree.usage(process.pid).memory_bytes == 0
 
 
+CHILDREN = """
+import os, signal, sys, time
+def child():
+    while time.process_time() < 0.25: pass
+    os._exit(0)
+signal.signal(signal.SIGCHLD, {action})
+for _ in range({count}):
+    if os.fork() == 0: child()
+    try: os.wait()
+    except ChildProcessError: pass
+print(7)
+"""
+
+
+@pytest.mark.parametrize(("action", "count", "ends"), [("SIG_DFL", 6, "ok"), ("SIG_IGN", 100, "timeout")])
+async def test_cpu_time_of_children_counts_once_whether_waited_for_or_not(sandbox, action, count, ends):
+    program = Program(language="python", source=CHILDREN.format(action=f"signal.{action}", count=count))
+    limits = Limits(seconds=2.5, wall_seconds=100)
+    (result,) = await sandbox.run(program, [Case()], limits, time.monotonic() + 100)
+    detail = "" if ends == "ok" else "more than 2.5 s of CPU time"
+    assert (result.status, result.detail) == (ends, detail)
+
+
+SHARING = """
+import mmap, os, time
+memory = mmap.mmap(-1, 100 * 2**20)
+for place in range(0, len(memory), 4096): memory[place] = 1
+{rest}
+"""
+
+
+async def test_shared_memory_counts_and_counts_once(sandbox):
+    one = SHARING.format(
+        rest="for _ in range(4):\n    if os.fork() == 0:\n        memory[::4096]; time.sleep(1); os._exit(0)\n"
+        "for _ in range(4): os.wait()\nprint(7)"
+    )
+    assert told(await run(sandbox, one, memory_mb=300, wall_seconds=100)) == [("ok", "7")]
+    each = "import os\nfor _ in range(5):\n    if os.fork() == 0: break\n" + SHARING.format(rest="time.sleep(60)")
+    (result,) = await run(sandbox, each, memory_mb=300, wall_seconds=100)
+    assert (result.status, result.detail) == ("memory", "more than 300 MB of memory")
+
+
 # ---- places and turns ------------------------------------------------------------------------------------------
 
 
 async def test_places_are_bounded_and_so_is_the_queue():
-    places, running, most = Places(2, 3), 0, 0
+    places, running, most, admitted_at_once = Places(2, 3), 0, 0, 0
+    admitted = 2 * provider.PROGRAMS_A_PLACE
 
     async def one():
-        nonlocal running, most
-        async with places.place():
-            running += 1
-            most = max(most, running)
-            await asyncio.sleep(0.01)
-            running -= 1
+        nonlocal running, most, admitted_at_once
+        async with places.program(time.monotonic() + 60):
+            admitted_at_once = max(admitted_at_once, admitted - places.programs._value)
+            async with places.free:
+                running += 1
+                most = max(most, running)
+                await asyncio.sleep(0.01)
+                running -= 1
 
-    results = await asyncio.gather(*(one() for _ in range(9)), return_exceptions=True)
-    assert most == 2
-    assert sum(isinstance(result, Busy) for result in results) == 9 - 2 - 3
+    results = await asyncio.gather(*(one() for _ in range(admitted + 3 + 4)), return_exceptions=True)
+    assert most == 2 and admitted_at_once == admitted
+    assert sum(isinstance(result, Busy) for result in results) == 4
+    assert places.waiting == 0 and places.programs._value == admitted
+
+
+async def test_programs_that_wait_hold_no_descriptor():
+    sandbox = await started(Bubblewrap(frozenset({"python"}), concurrency=1))
+    before = len(os.listdir("/proc/self/fd"))
+    most = 0
+
+    async def one() -> None:
+        nonlocal most
+        assert told(await run(sandbox, "print(1)")) == [("ok", "1")]
+        most = max(most, len(os.listdir("/proc/self/fd")))
+
+    await asyncio.gather(*(one() for _ in range(30)))
+    assert most < before + 24
+    await sandbox.stop()
+
+
+async def test_out_of_descriptors_is_an_error_of_that_program_and_leaks_none():
+    sandbox = await started(Bubblewrap(frozenset({"python"}), concurrency=2))
+    before = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(100 + len(before)) if number not in before]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for spare in range(0, 24, 2):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], limits[1]))
+            results = await asyncio.gather(*(run(sandbox, "print(1)") for _ in range(3)))
+            assert {result.status for (result,) in results} <= {"error", "ok"}
+            if not spare:
+                assert "Too many open files" in results[0][0].detail and "Too many" in sandbox.state()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert told(await run(sandbox, "print(1)")) == [("ok", "1")]
+    await asyncio.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    await sandbox.stop()
 
 
 async def test_a_fault_ends_a_programs_turn():
@@ -370,6 +520,20 @@ async def test_the_number_of_processes_must_be_limited(monkeypatch):
         await Bubblewrap(frozenset({"python"})).start()
 
 
+async def test_descriptors_of_the_server_are_noticed(monkeypatch):
+    await (await started(Bubblewrap(frozenset({"python"})))).stop()
+    closing = child.start
+
+    async def leaking(command, *, pass_fds, **options):
+        kept = [fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{fd}")]
+        inheritable = [fd for fd in kept if fd > 2 and os.get_inheritable(fd)]
+        return await closing(command, pass_fds={*pass_fds, *inheritable}, **options)
+
+    monkeypatch.setattr(child, "start", leaking)
+    with pytest.raises(StartupError, match="other descriptors than stdin, stdout and stderr"):
+        await Bubblewrap(frozenset({"python"})).start()
+
+
 async def test_readiness_says_when_it_breaks_and_recovers(sandbox, monkeypatch):
     monkeypatch.setattr("reward_server.sandbox.health.RECOVERY_SECONDS", 0.05)
     whole = sandbox._system
@@ -431,6 +595,27 @@ async def test_the_service_refuses_by_field_and_without_its_token(service):
             answer = await http.post("/v1/execute", json={**body, **change})
             assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == field, answer.text
         assert (await http.post("/v1/execute", json=body, headers={"Authorization": ""})).status_code == 401
+
+
+async def test_a_call_whose_client_has_gone_ends(service):
+    """Both places sleep for clients that do not wait: the next call is served all the same."""
+    body = {"program": {"language": "python", "source": "import time\ntime.sleep(100)"}, "cases": [{}] * 3}
+    body["limits"] = {"wall_seconds": 200}
+    async with httpx.AsyncClient(base_url=service, headers={"Authorization": "Bearer word"}, timeout=60) as http:
+
+        async def abandoned() -> None:
+            with pytest.raises(httpx.ReadTimeout):
+                await http.post("/v1/execute", json=body, timeout=httpx.Timeout(60, read=2))
+
+        await asyncio.gather(*(abandoned() for _ in range(12)))
+        answer = await http.post(
+            "/v1/execute",
+            json={"program": {"language": "python", "source": "print(1)"}, "cases": [{}]},
+            headers={"X-Deadline-Seconds": "40"},
+        )
+        assert answer.json()["results"][0]["status"] == "ok", answer.text
+        metrics = (await http.get("/metrics")).text
+    assert re.search(r'requests_total\{route="/v1/execute",service="sandbox",status="499"\} \d+', metrics)
 
 
 async def test_a_service_that_is_not_there_is_no_zero(monkeypatch):

@@ -159,8 +159,20 @@ def is_plain(node: ast.AST) -> bool:
     return isinstance(node, allowed) and all(map(is_plain, ast.iter_child_nodes(node)))
 
 
+def expression(tree: ast.expr) -> str | None:
+    """Python for the value alone, without what a completion wrote around it (comments, line breaks); none where it is
+    no expression after all (a keyword given twice, a number too long to be written)."""
+    try:
+        text = ast.unparse(tree)
+        compile(text, "<prediction>", "eval")
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    return text
+
+
 def check(payload: dict[str, Any]) -> dict[str, Any]:
-    """{"outcome", "said"}: `unparsable` leaves it to the caller to run the code, with the prediction `said`."""
+    """{"outcome", "said"}: `unparsable` leaves it to the caller to run the code, with `said`, the prediction as an
+    expression of its own."""
     said = predicted(payload["text"])
     tree = _parse(said)
     if tree is None or not is_plain(tree):
@@ -168,7 +180,8 @@ def check(payload: dict[str, Any]) -> dict[str, Any]:
     try:
         wanted = ast.literal_eval(payload["gold"].strip())
     except (SyntaxError, ValueError, TypeError):
-        return {"outcome": "unparsable", "said": said}
+        text = expression(tree)
+        return {"outcome": "no_answer" if text is None else "unparsable", "said": text or ""}
     try:
         value = ast.literal_eval(said)
     except (ValueError, TypeError):

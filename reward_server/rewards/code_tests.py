@@ -7,11 +7,13 @@ test is passed when the program ends with exit code 0 and its whole output agree
 (`reward_server.sandbox.compare`).
 
 The value is the share of tests passed, or, with `reward: all`, 1 only when every one is. What the program itself does
-wrong fails that one test and no other: a crash, too much time, memory or output. (After three tests over their time the
-others count as over it, too, and are not run.) A program that does not compile passes none.
+wrong fails that one test and no other: a crash, too much time, memory or output (more than 64 KiB and four times the
+expected output). (After three tests over their time the others count as over it, too, and are not run.) A program that
+does not compile passes none.
 
 Outcomes: `correct` (all passed), `wrong`, `no_answer` (no code block; value 0). What is not the program's fault gives
-no value: `timeout` when the request's deadline passes before the tests are through, `error` when the sandbox fails.
+no value: `timeout` when the request's deadline passes before the tests are through, or the machine is too busy to run
+the program, `error` when the sandbox fails.
 """
 
 import asyncio
@@ -23,15 +25,20 @@ from pydantic import Field
 
 from reward_server.reward import Context, Params, Reward
 from reward_server.sandbox.compare import same_output
-from reward_server.sandbox.provider import Case, CaseResult, Language, Limits, Program
+from reward_server.sandbox.provider import FAULTS, Case, CaseResult, Language, Limits, Program
 from services.api import RewardGroup
-from services.contract import Outcome, Score, TestCase
+from services.contract import Outcome, Score
 
 FENCE = re.compile(r"[ \t]{0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)")
 MARKS: dict[Language, frozenset[str]] = {
     "python": frozenset({"python", "python3", "py", "py3"}),
     "cpp": frozenset({"cpp", "c++", "cc", "cxx", "c++17", "c++20"}),
 }
+
+
+SPARE_BYTES, SPARE_FACTOR = 2**16, 4
+"""How much longer than the expected output one with other white space or more digits may be."""
+EXCERPT = 200
 
 
 class CodeTestsParams(Params):
@@ -75,22 +82,22 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
             body.append(line)
 
 
-def judge(results: list[CaseResult], tests: list[TestCase], params: CodeTestsParams) -> Score:
-    """The score of one program from what became of each test."""
+def judge(results: list[CaseResult], right: set[int], reward: Literal["share", "all"]) -> Score:
+    """The score of one program from what became of each test, and the places of those whose output was right."""
     seconds = sum(result.seconds for result in results)
     for result in results:
-        if result.status in ("deadline", "error"):
+        if result.status in FAULTS:
             outcome = Outcome.timeout if result.status == "deadline" else Outcome.error
             return Score.failed(outcome, result.detail, seconds)
     failures = []
-    for place, (result, test) in enumerate(zip(results, tests, strict=True)):
+    for place, result in enumerate(results):
         if result.status != "ok":
             failures.append(f"test {place}: {result.detail or _last_line(result) or result.status}")
-        elif not same_output(result.stdout, test.output, params.tolerance):
+        elif place not in right:
             failures.append(f"test {place}: wrong output")
-    passed = len(tests) - len(failures)
-    detail = f"{passed} of {len(tests)} passed" + (f"; {failures[0]}" if failures else "")
-    value = passed / len(tests) if params.reward == "share" else float(not failures)
+    passed = len(results) - len(failures)
+    detail = f"{passed} of {len(results)} passed" + (f"; {failures[0]}" if failures else "")
+    value = passed / len(results) if reward == "share" else float(not failures)
     return Score.of(value, Outcome.wrong if failures else Outcome.correct, detail, seconds)
 
 
@@ -99,18 +106,30 @@ def _last_line(result: CaseResult) -> str:
     return said[-1] if said else f"exit code {result.exit_code}"
 
 
+def _most_bytes(wanted: str) -> int:
+    return SPARE_BYTES + SPARE_FACTOR * len(wanted.encode(errors="replace"))
+
+
 async def score(group: RewardGroup, params: CodeTestsParams, context: Context) -> list[Score]:
     reference = group.task.reference
     tests = (reference.tests or [] if reference else [])[: params.max_cases]
-    cases = [Case(stdin=test.input) for test in tests]
+    cases = [Case(stdin=test.input, stdout_bytes=_most_bytes(test.output)) for test in tests]
 
     async def one(text: str) -> Score:
         source = await asyncio.to_thread(extract, text, params.language)
         if source is None:
             return Score.of(0.0, Outcome.no_answer)
+        right: set[int] = set()
+
+        async def read(place: int, result: CaseResult) -> CaseResult:
+            wanted = tests[place].output
+            if result.status == "ok" and await asyncio.to_thread(same_output, result.stdout, wanted, params.tolerance):
+                right.add(place)
+            return result.model_copy(update={"stdout": result.stdout[:EXCERPT]})
+
         program = Program(language=params.language, source=source)
-        results = await context.sandbox.run(program, cases, params.limits, context.deadline)
-        return await asyncio.to_thread(judge, results, tests, params)
+        results = await context.sandbox.run(program, cases, params.limits, context.deadline, read)
+        return judge(results, right, params.reward)
 
     return list(await asyncio.gather(*(one(completion.text) for completion in group.completions)))
 

@@ -15,7 +15,18 @@ from pathlib import Path
 from reward_server.sandbox import confined, probe, seccomp
 from reward_server.sandbox.confined import Run, SetupFailed
 from reward_server.sandbox.health import Health
-from reward_server.sandbox.provider import Busy, Case, CaseResult, Language, Limits, Places, Program, Sandbox, in_turn
+from reward_server.sandbox.provider import (
+    Case,
+    CaseResult,
+    Language,
+    Limits,
+    Places,
+    Program,
+    Reader,
+    Sandbox,
+    admitted,
+    in_turn,
+)
 from services.http import StartupError
 
 NOBODY = "65534"
@@ -80,32 +91,31 @@ class Bubblewrap(Sandbox):
     def state(self) -> str:
         return self.health.state
 
-    async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
+    async def run(
+        self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None = None
+    ) -> list[CaseResult]:
         if program.language not in self.languages:
             detail = f"the sandbox runs {' and '.join(sorted(self.languages))}, not {program.language}"
             return [CaseResult(status="error", detail=detail)] * len(cases)
-        with ExitStack() as files:
-            content = program.source.encode(errors="replace")
-            path, command = SOURCE[program.language], RUN[program.language]
-            if program.language == "cpp":
-                try:
-                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())), self.places.place():
-                        compiled = await self._compile(content, limits)
-                except TimeoutError:
-                    compiled = CaseResult(status="deadline", detail="the request's deadline passed")
-                except Busy as busy:
-                    compiled = CaseResult(status="error", detail=str(busy))
-                if isinstance(compiled, CaseResult):
-                    return [compiled] * len(cases)
-                path, content = BINARY, compiled
-            main = confined.sealed(content)
-            files.callback(os.close, main)
+        return await admitted(self.places, cases, deadline, lambda: self._run(program, cases, limits, deadline, read))
 
-            async def one(case: Case) -> CaseResult:
-                async with self.places.place():
-                    return await self._case(command, path, main, case, limits)
+    async def _run(
+        self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None
+    ) -> list[CaseResult]:
+        content = program.source.encode(errors="replace")
+        path, command = SOURCE[program.language], RUN[program.language]
+        if program.language == "cpp":
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())), self.places.free:
+                compiled = await self._compile(content, limits)
+            if isinstance(compiled, CaseResult):
+                return [compiled] * len(cases)
+            path, content = BINARY, compiled
 
-            return await in_turn(cases, limits, deadline, one)
+        async def one(case: Case) -> CaseResult:
+            async with self.places.free:
+                return await self._case(command, {path: content}, case, limits)
+
+        return await in_turn(cases, limits, deadline, one, read)
 
     async def _compile(self, source: bytes, limits: Limits) -> bytes | CaseResult:
         bounds = Limits(
@@ -115,21 +125,21 @@ class Bubblewrap(Sandbox):
             disk_mb=2 * BINARY_BYTES // 2**20,
             output_bytes=BINARY_BYTES,
         )
-        main = confined.sealed(source)
         try:
-            done = await self.confine(["sh", "-c", COMPILE], bounds, {SOURCE["cpp"]: main})
+            done = await self.confine(["sh", "-c", COMPILE], bounds, {SOURCE["cpp"]: source})
         except SetupFailed as error:
             return CaseResult(status="error", detail=str(error))
-        finally:
-            os.close(main)
         if done.over is None and done.exit_code == 0:
             return bytes(done.stdout)
+        if done.over == "deadline":
+            return CaseResult(status="deadline", seconds=done.seconds, detail=done.detail)
         stderr = done.stderr.decode(errors="replace")
         return CaseResult(status="compile", stderr=stderr, seconds=done.seconds, detail=done.detail or "compile error")
 
-    async def _case(self, command: list[str], path: str, main: int, case: Case, limits: Limits) -> CaseResult:
+    async def _case(self, command: list[str], files: dict[str, bytes], case: Case, limits: Limits) -> CaseResult:
         try:
-            done = await self.confine(command, limits, {path: main}, case.stdin.encode(errors="replace"))
+            stdin, most = case.stdin.encode(errors="replace"), case.most_stdout(limits)
+            done = await self.confine(command, limits, files, stdin, most)
         except SetupFailed as error:
             return CaseResult(status="error", detail=str(error))
         return CaseResult(
@@ -142,28 +152,53 @@ class Bubblewrap(Sandbox):
         )
 
     async def confine(
-        self, command: list[str], limits: Limits, files: dict[str, int] | None = None, stdin: bytes = b""
+        self,
+        command: list[str],
+        limits: Limits,
+        files: dict[str, bytes] | None = None,
+        stdin: bytes = b"",
+        most_stdout: int | None = None,
     ) -> Run:
-        """Run a command in a fresh sandbox, with `files` (path there -> descriptor here). Raises SetupFailed."""
-        with ExitStack() as stack:
+        """Run a command in a fresh sandbox, with `files` (path there -> content). Raises SetupFailed.
 
-            def ours(fd: int) -> int:
-                stack.callback(os.close, fd)
-                return fd
-
-            text = ours(confined.reopened(ours(confined.sealed(stdin))))
-            report, status = map(ours, os.pipe())
-            data = {path: ours(confined.reopened(fd)) for path, fd in (files or {}).items()}
-            assert self._filter is not None, "the sandbox was not started"
-            rules = ours(confined.reopened(self._filter))
-            arguments = self._arguments(command, limits, data, rules, status)
-            try:
-                done = await confined.run(arguments, text, [rules, status, *data.values()], report, limits)
-            except SetupFailed as error:
-                self.health.broke(f"bubblewrap: {error}")
-                raise
+        More than `most_stdout` bytes to stdout end it (none: as many as the limits say).
+        """
+        try:
+            with ExitStack() as stack:
+                done = await self._confine(stack, command, limits, files or {}, stdin, most_stdout)
+        except (SetupFailed, OSError) as error:  # an OSError: we are out of descriptors, processes or memory
+            why = str(error)
+            self.health.broke(f"bubblewrap: {why}")
+            raise SetupFailed(why) from error
         self.health.worked()
         return done
+
+    async def _confine(
+        self,
+        stack: ExitStack,
+        command: list[str],
+        limits: Limits,
+        files: dict[str, bytes],
+        stdin: bytes,
+        most_stdout: int | None,
+    ) -> Run:
+        """With descriptors that the stack closes. Raises SetupFailed and OSError."""
+
+        def ours(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        def readable(content: bytes) -> int:
+            return ours(confined.reopened(ours(confined.sealed(content))))
+
+        text = readable(stdin)
+        report, status = map(ours, os.pipe())
+        data = {path: readable(content) for path, content in files.items()}
+        assert self._filter is not None, "the sandbox was not started"
+        rules = ours(confined.reopened(self._filter))
+        arguments = self._arguments(command, limits, data, rules, status)
+        fds = [rules, status, *data.values()]
+        return await confined.run(arguments, text, fds, report, limits, most_stdout or limits.output_bytes)
 
     def _arguments(
         self, command: list[str], limits: Limits, data: dict[str, int], rules: int, status: int

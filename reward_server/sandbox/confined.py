@@ -9,8 +9,10 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from reward_server import child
 from reward_server.sandbox import process_tree
 from reward_server.sandbox.provider import Limits
 
@@ -21,8 +23,10 @@ MOST_FILES = 4096
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.05
 """Seconds between two looks at the process tree: it overshoots a limit by what it can do in that time."""
 END_SECONDS = 10.0
+MOST_WALL = 3
+"""Times the wall limit that a program gets where others have the CPUs."""
 
-Limit = Literal["timeout", "memory", "output"]
+Limit = Literal["timeout", "memory", "output", "deadline"]
 
 
 class SetupFailed(Exception):
@@ -66,44 +70,43 @@ def reopened(fd: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-async def run(command: list[str], stdin: int, fds: list[int], report: int, limits: Limits) -> Run:
+async def run(command: list[str], stdin: int, fds: list[int], report: int, limits: Limits, most_stdout: int) -> Run:
     """Run `command`, a bubblewrap call that inherits `fds`; `report` is the end we read of its --json-status-fd.
+    More than `most_stdout` bytes to stdout end it.
 
-    Raises SetupFailed. However it ends, cancelled too, no process of the tree is left.
+    Raises SetupFailed, and OSError where it cannot be started or watched. However it ends, cancelled too, no process of
+    the tree is left.
     """
     run = Run()
-    work = asyncio.create_task(_run(run, command, stdin, fds, report, limits))
+    work = asyncio.create_task(_run(run, command, stdin, fds, report, limits, most_stdout))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         # Not the work itself is cancelled, which may be about to start the process.
         run.stopped.set()
-        with suppress(SetupFailed):
+        with suppress(SetupFailed, OSError):
             await work
         raise
 
 
-async def _run(run: Run, command: list[str], stdin: int, fds: list[int], report: int, limits: Limits) -> Run:
+async def _run(
+    run: Run, command: list[str], stdin: int, fds: list[int], report: int, limits: Limits, most_stdout: int
+) -> Run:
     started = time.monotonic()
-    pipe = asyncio.subprocess.PIPE
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=stdin, stdout=pipe, stderr=pipe, pass_fds=fds, env={}, cwd="/"
-        )
-    except OSError as error:
-        raise SetupFailed(f"{command[0]}: {error.strerror}") from error
+    process = await child.start(command, stdin=stdin, stderr=child.PIPE, pass_fds=fds, env={}, folder=Path("/"))
     assert process.stdout is not None and process.stderr is not None
     ended = asyncio.create_task(process.wait())
     stopped = asyncio.create_task(run.stopped.wait())
     watcher = asyncio.create_task(_watch(process.pid, run, limits))
     readers = [
-        asyncio.create_task(_read(process.stdout, run.stdout, limits.output_bytes, run, "stdout", limits.output_bytes)),
+        asyncio.create_task(_read(process.stdout, run.stdout, most_stdout, run, "stdout", most_stdout)),
         asyncio.create_task(_read(process.stderr, run.stderr, STDERR_TAIL, run, "stderr", limits.output_bytes)),
     ]
     try:
-        await asyncio.wait({ended, stopped}, timeout=limits.wall_seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done() and not run.stopped.is_set():
-            run.stop("timeout", f"no end within {limits.wall_seconds:g} s")
+        most = MOST_WALL * limits.wall_seconds
+        await asyncio.wait({ended, stopped, watcher}, timeout=most, return_when=asyncio.FIRST_COMPLETED)
+        if not any(task.done() for task in (ended, stopped, watcher)):
+            run.stop("deadline", f"no end within {most:g} s, in which it waited for a CPU: the machine is too busy")
     finally:
         watcher.cancel()
         stopped.cancel()
@@ -114,7 +117,10 @@ async def _run(run: Run, command: list[str], stdin: int, fds: list[int], report:
             log.error("a sandbox did not end within %.0f s of being killed", END_SECONDS)
             for task in still:
                 task.cancel()
+        process.close()
     run.seconds = time.monotonic() - started
+    with suppress(asyncio.CancelledError):
+        await watcher  # it may have failed: what was not watched has no result
     _conclude(run, report)
     return run
 
@@ -125,13 +131,13 @@ async def _kill(pid: int) -> None:
     bubblewrap binds the child's life to its own (--die-with-parent) only once it has set the sandbox up; it is stopped
     first, so that it cannot start the child after we looked.
     """
-    with suppress(ProcessLookupError):
+    with suppress(OSError):  # it is gone, or we are out of descriptors; --die-with-parent is then all there is
         os.kill(pid, signal.SIGSTOP)
         ends = time.monotonic() + END_SECONDS
         while process_tree.state(pid) not in "TtZX" and time.monotonic() < ends:
             await asyncio.sleep(0.001)
-        for child in process_tree.children(pid):
-            os.kill(child, signal.SIGKILL)
+        for first in process_tree.children(pid):
+            os.kill(first, signal.SIGKILL)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
@@ -148,16 +154,25 @@ async def _read(stream: asyncio.StreamReader, kept: bytearray, keep: int, run: R
 
 
 async def _watch(pid: int, run: Run, limits: Limits) -> None:
-    pause = FIRST_PAUSE
+    """The wall limit is for waiting that is the program's own. What does not count is time in which it wanted a CPU and
+    had none: a task of the tree can run, and no CPU time came of it."""
+    pause, before, own_seconds = FIRST_PAUSE, time.monotonic(), 0.0
+    usage = process_tree.Usage([pid])
     while not run.stopped.is_set():
         await asyncio.sleep(pause)
         pause = min(LONGEST_PAUSE, 1.5 * pause)
-        now = process_tree.usage(pid)
-        if now.cpu_seconds > limits.seconds:
+        now, last, usage = time.monotonic(), usage, process_tree.usage(pid, usage)
+        took, got = now - before, usage.cpu_seconds - last.cpu_seconds
+        own_seconds += min(took, max(0.0, got)) if usage.is_runnable else took
+        before = now
+        if own_seconds > limits.wall_seconds:
+            run.stop("timeout", f"no end within {limits.wall_seconds:g} s")
+        if usage.cpu_seconds > limits.seconds:
             run.stop("timeout", f"more than {limits.seconds:g} s of CPU time")
-        if now.memory_bytes > limits.memory_mb * 2**20:
+        most = limits.memory_mb * 2**20
+        if usage.memory_bytes > most and process_tree.memory(usage.pids) > most:
             run.stop("memory", f"more than {limits.memory_mb} MB of memory")
-        if process_tree.files_in(now.pids[-1], "/tmp") > MOST_FILES:
+        if process_tree.files_in(usage.pids[-1], "/tmp") > MOST_FILES:
             run.stop("output", f"more than {MOST_FILES} files")
 
 

@@ -11,7 +11,18 @@ import time
 from typing import Any
 
 from reward_server.sandbox.health import Health
-from reward_server.sandbox.provider import Busy, Case, CaseResult, Language, Limits, Places, Program, Sandbox, in_turn
+from reward_server.sandbox.provider import (
+    Case,
+    CaseResult,
+    Language,
+    Limits,
+    Places,
+    Program,
+    Reader,
+    Sandbox,
+    admitted,
+    in_turn,
+)
 from services.http import StartupError
 
 SOURCE: dict[Language, str] = {"python": "main.py", "cpp": "main.cpp"}
@@ -47,20 +58,30 @@ class E2B(Sandbox):
     def state(self) -> str:
         return self.health.state
 
-    async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
+    async def run(
+        self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None = None
+    ) -> list[CaseResult]:
+        return await admitted(
+            self.places, cases, deadline, lambda: self._served(program, cases, limits, deadline, read)
+        )
+
+    async def _served(
+        self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None
+    ) -> list[CaseResult]:
+        """Raises TimeoutError at the deadline."""
         try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())), self.places.place():
-                return await self._run(program, cases, limits, deadline)
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())), self.places.free:
+                return await self._run(program, cases, limits, deadline, read)
         except TimeoutError:
-            fault = CaseResult(status="deadline", detail="the request's deadline passed")
-        except Busy as busy:
-            fault = CaseResult(status="error", detail=str(busy))
+            raise
         except Exception as error:  # the SDK's, and those of the HTTP libraries below it
             fault = CaseResult(status="error", detail=f"E2B failed: {type(error).__name__}: {error}"[:300])
             self.health.broke(fault.detail)
-        return [fault] * len(cases)
+            return [fault] * len(cases)
 
-    async def _run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
+    async def _run(
+        self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None
+    ) -> list[CaseResult]:
         from e2b import AsyncSandbox
 
         seconds = limits.compile_seconds + (limits.wall_seconds + GRACE_SECONDS) * len(cases) + REQUEST_SECONDS
@@ -80,13 +101,14 @@ class E2B(Sandbox):
 
             async def one(case: Case) -> CaseResult:
                 await box.files.write("input", case.stdin)
-                result = await _command(box, _guarded(program.language, limits), limits.wall_seconds)
-                if len(result.stdout.encode(errors="replace")) > limits.output_bytes:
-                    detail = f"more than {limits.output_bytes} bytes to stdout"
+                most = case.most_stdout(limits)
+                result = await _command(box, _guarded(program.language, limits, most), limits.wall_seconds)
+                if len(result.stdout.encode(errors="replace")) > most:
+                    detail = f"more than {most} bytes to stdout"
                     return CaseResult(status="output", seconds=result.seconds, detail=detail)
                 return result
 
-            results = await in_turn(cases, limits, deadline, one)
+            results = await in_turn(cases, limits, deadline, one, read)
             self.health.worked()
             return results
         finally:
@@ -98,10 +120,10 @@ class E2B(Sandbox):
         await AsyncSandbox.list(request_timeout=CHECK_SECONDS).next_items()
 
 
-def _guarded(language: Language, limits: Limits) -> str:
+def _guarded(language: Language, limits: Limits, most_stdout: int) -> str:
     """The shell command of one case: limits of each process, and outputs cut off where they are too long."""
     bounds = f"ulimit -v {limits.memory_mb * 1024} -t {int(limits.seconds) + 1} -f {limits.disk_mb * 1024} -c 0"
-    piped = f"{RUN[language]} < input 2> errors | head -c {limits.output_bytes + 1}"
+    piped = f"{RUN[language]} < input 2> errors | head -c {most_stdout + 1}"
     return f"set -o pipefail; ({bounds}; {piped}); code=$?; tail -c {STDERR_TAIL} errors >&2; exit $code"
 
 

@@ -11,7 +11,18 @@ from typing import Any
 import httpx
 
 from reward_server.sandbox.health import Health
-from reward_server.sandbox.provider import Case, CaseResult, Language, Limits, Places, Program, Sandbox, in_turn
+from reward_server.sandbox.provider import (
+    Case,
+    CaseResult,
+    Language,
+    Limits,
+    Places,
+    Program,
+    Reader,
+    Sandbox,
+    admitted,
+    in_turn,
+)
 from reward_server.sandbox.wire import Fault, client, clipped, exchange
 from services.http import StartupError
 
@@ -54,16 +65,18 @@ class Piston(Sandbox):
     def state(self) -> str:
         return self.health.state
 
-    async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
+    async def run(
+        self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None = None
+    ) -> list[CaseResult]:
         if program.language not in self.languages:
             detail = f"the Piston server has no {program.language}"
             return [CaseResult(status="error", detail=detail)] * len(cases)
 
         async def one(case: Case) -> CaseResult:
-            async with self.places.place():
+            async with self.places.free:
                 return await self._case(program, case, limits, deadline)
 
-        return await in_turn(cases, limits, deadline, one)
+        return await admitted(self.places, cases, deadline, lambda: in_turn(cases, limits, deadline, one, read))
 
     async def _case(self, program: Program, case: Case, limits: Limits, deadline: float) -> CaseResult:
         assert self._http is not None
@@ -85,7 +98,7 @@ class Piston(Sandbox):
             return CaseResult(status="error", detail=str(fault), seconds=time.monotonic() - started)
         self.health.worked()
         try:
-            return _read(answer, limits, time.monotonic() - started)
+            return _read(answer, limits, case.most_stdout(limits), time.monotonic() - started)
         except Fault as fault:
             return CaseResult(status="error", detail=str(fault), seconds=time.monotonic() - started)
 
@@ -94,7 +107,7 @@ class Piston(Sandbox):
         return await exchange(self._http, "GET", f"{self.url}/runtimes", None, time.monotonic() + CHECK_SECONDS)
 
 
-def _read(answer: Any, limits: Limits, seconds: float) -> CaseResult:
+def _read(answer: Any, limits: Limits, most_stdout: int, seconds: float) -> CaseResult:
     """Raises Fault: the server failed, or this is no answer of Piston's."""
     compiled, ran = (answer.get("compile"), answer.get("run")) if isinstance(answer, dict) else (None, None)
     if not isinstance(ran, dict):
@@ -111,7 +124,7 @@ def _read(answer: Any, limits: Limits, seconds: float) -> CaseResult:
         detail = f"no end within {limits.wall_seconds:g} s"
         return CaseResult(status="timeout", stderr=stderr, seconds=seconds, detail=detail)
     stdout = ran.get("stdout") or ""
-    if status in ("OL", "EL") or len(stdout.encode(errors="replace")) > limits.output_bytes:
+    if status in ("OL", "EL") or len(stdout.encode(errors="replace")) > most_stdout:
         return CaseResult(status="output", stderr=stderr, seconds=seconds, detail="more output than allowed")
     if status is None and signal is None and not isinstance(code, int):
         raise Fault(f"Piston failed: {str(ran)[:300]}")

@@ -21,6 +21,7 @@ for name in user pid net ipc mnt uts; do echo "namespace=$(readlink /proc/self/n
 (: > /written) 2> /dev/null && echo root=writable
 (: > /usr/bin/written) 2> /dev/null && echo root=writable
 unshare --user true 2> /dev/null && echo namespaces=new
+for handle in /proc/self/fd/*; do [ -h "$handle" ] && echo "handle=${handle##*/}"; done
 i=0
 while [ $i -lt 64 ]; do
     sleep 10 &
@@ -28,7 +29,8 @@ while [ $i -lt 64 ]; do
     i=$((i + 1))
 done
 """
-HELD = {"uid=65534", "CapEff:=0000000000000000", "CapBnd:=0000000000000000", "NoNewPrivs:=1", "Seccomp:=2"}
+HANDLES = {"handle=0", "handle=1", "handle=2"}
+HELD = HANDLES | {"uid=65534", "CapEff:=0000000000000000", "CapBnd:=0000000000000000", "NoNewPrivs:=1", "Seccomp:=2"}
 FAULTS = {
     "uid": "programs do not run as nobody",
     "CapEff:": "programs have capabilities",
@@ -37,6 +39,7 @@ FAULTS = {
     "Seccomp:": "the system call filter is not in force",
     "root": "programs can write outside their folder",
     "namespaces": "programs can make namespaces",
+    "handle": "programs have other descriptors than stdin, stdout and stderr",
 }
 HELLO = {
     "python": "import sys\nprint(sys.stdin.read())\n",
@@ -46,10 +49,15 @@ HELLO = {
 
 async def fault(sandbox: "Bubblewrap") -> str | None:
     """Why the sandbox must not be used; none when it holds."""
+    # As a server may have inherited it: a descriptor that children inherit unless whoever starts them closes it.
+    planted = os.open("/", os.O_RDONLY)
     try:
+        os.set_inheritable(planted, True)
         done = await sandbox.confine(["sh", "-c", SCRIPT], LIMITS)
     except SetupFailed as error:
         return str(error)
+    finally:
+        os.close(planted)
     said = done.stdout.decode(errors="replace").split("\n")
     ours = {f"namespace={os.readlink(f'/proc/self/ns/{name}')}" for name in ("user", "pid", "net", "ipc", "mnt", "uts")}
     if shared := ours & set(said):

@@ -17,7 +17,10 @@ FAULTS = frozenset({"deadline", "error"})
 """What became of the sandbox, not of the program: such a case says nothing about the program."""
 
 CASES = Counter("rlif_sandbox_cases_total", "Cases run, by what became of them", ["status"])
-WAITING = Gauge("rlif_sandbox_waiting_programs", "Programs that wait for a free place")
+WAITING = Gauge("rlif_sandbox_waiting_programs", "Programs that wait for their turn")
+
+PROGRAMS_A_PLACE = 4
+LATE = "the request's deadline passed"
 
 
 class Program(Wire):
@@ -26,13 +29,21 @@ class Program(Wire):
 
 
 class Case(Wire):
+    """`stdout_bytes`: more than that to stdout cannot be right, and ends the case as `output` (none: what the limits
+    allow, which hold in any case)."""
+
     stdin: str = ""
+    stdout_bytes: int | None = Field(None, ge=1)
+
+    def most_stdout(self, limits: "Limits") -> int:
+        return min(limits.output_bytes, self.stdout_bytes or limits.output_bytes)
 
 
 class Limits(Wire):
     """What one case may use: CPU seconds of its whole process tree (so that a busy machine makes no verdict), wall
-    seconds in which to get them, memory of the tree (and address space of each process), processes with threads, files
-    written, bytes to stdout and to stderr each. Compiling has its own time, and four times the memory.
+    seconds (bubblewrap does not count waiting for a CPU), memory of the tree (and address space of each process),
+    processes with threads, files written, bytes to stdout and to stderr each. Compiling has its own time, and four
+    times the memory.
 
     After `timeouts` cases over their time the program's other cases are not run and count as over it, too.
     """
@@ -51,7 +62,8 @@ class CaseResult(Wire):
     """`ok`: the program ended by itself with exit code 0. `crash`: with another, or by a signal (128 + its number).
 
     `timeout`, `memory` and `output`: it was ended at that limit. `compile`: it does not compile. `deadline` and `error`
-    are no fault of the program. `stdout` is text (UTF-8, bad bytes replaced), `stderr` its end, `seconds` wall time.
+    are no fault of the program: the request's time was up, or the machine too busy to run it; the sandbox failed.
+    `stdout` is text (UTF-8, bad bytes replaced), `stderr` its end, `seconds` wall time.
     """
 
     status: Status
@@ -62,8 +74,13 @@ class CaseResult(Wire):
     detail: str = ""
 
 
+Reader = Callable[[int, CaseResult], Awaitable[CaseResult]]
+"""From a case's place and its result to what of the result is kept."""
+
+
 class Sandbox(Protocol):
-    """`run` gives one result a case, in order, and raises nothing for what a program or a provider does.
+    """`run` gives one result a case, in order, and raises nothing for what a program or a provider does. `read` is
+    called with each result of a case that was run as it arrives, so that not all outputs are in memory at once.
 
     `deadline` is in time.monotonic() seconds: what is not done by then has the status `deadline`. `start` raises
     StartupError when the sandbox cannot be set up; `state()` is "ok", or why programs cannot be run at the moment.
@@ -77,7 +94,9 @@ class Sandbox(Protocol):
 
     def state(self) -> str: ...
 
-    async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]: ...
+    async def run(
+        self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None = None
+    ) -> list[CaseResult]: ...
 
 
 class Busy(Exception):
@@ -85,32 +104,54 @@ class Busy(Exception):
 
 
 class Places:
-    """At most `concurrency` cases run at once; at most `queue` programs wait for a place, first come first served."""
+    """At most `concurrency` cases run at once. Their programs, at most PROGRAMS_A_PLACE times as many, take turns, so
+    that few of them hold binaries and outputs in memory; at most `queue` others wait, first come first served."""
 
     def __init__(self, concurrency: int, queue: int):
         self.free = asyncio.Semaphore(concurrency)
+        self.programs = asyncio.Semaphore(PROGRAMS_A_PLACE * concurrency)
         self.queue = queue
         self.waiting = 0
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    async def program(self, deadline: float) -> AsyncIterator[None]:
+        """Raises Busy, and TimeoutError where no turn came by `deadline` (time.monotonic() seconds)."""
         if self.waiting >= self.queue:
             raise Busy(f"the sandbox is busy: {self.waiting} programs wait")
         self.waiting += 1
         WAITING.set(self.waiting)
         try:
-            await self.free.acquire()
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self.programs.acquire()
         finally:
             self.waiting -= 1
             WAITING.set(self.waiting)
         try:
             yield
         finally:
-            self.free.release()
+            self.programs.release()
+
+
+async def admitted(
+    places: Places, cases: list[Case], deadline: float, run: Callable[[], Awaitable[list[CaseResult]]]
+) -> list[CaseResult]:
+    """What `run` gives once the program had its turn, or the same fault for every case."""
+    try:
+        async with places.program(deadline):
+            return await run()
+    except TimeoutError:
+        fault = CaseResult(status="deadline", detail=LATE)
+    except Busy as busy:
+        fault = CaseResult(status="error", detail=str(busy))
+    return [fault] * len(cases)
 
 
 async def in_turn(
-    cases: list[Case], limits: Limits, deadline: float, run_one: Callable[[Case], Awaitable[CaseResult]]
+    cases: list[Case],
+    limits: Limits,
+    deadline: float,
+    run_one: Callable[[Case], Awaitable[CaseResult]],
+    read: Reader | None = None,
 ) -> list[CaseResult]:
     """The program's cases one after another, so that many programs share the places fairly.
 
@@ -126,13 +167,11 @@ async def in_turn(
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 result = await run_one(case)
         except TimeoutError:
-            result = CaseResult(status="deadline", detail="the request's deadline passed")
-        except Busy as busy:
-            result = CaseResult(status="error", detail=str(busy))
+            result = CaseResult(status="deadline", detail=LATE)
         if result.status in FAULTS:
             results += [result] * (len(cases) - place)
             break
-        results.append(result)
+        results.append(await read(place, result) if read else result)
     for result in results:
         CASES.labels(result.status).inc()
     return results

@@ -5,7 +5,7 @@ import time
 from pydantic import Field
 
 from reward_server.sandbox.health import Health
-from reward_server.sandbox.provider import Case, CaseResult, Limits, Program, Sandbox
+from reward_server.sandbox.provider import Case, CaseResult, Limits, Program, Reader, Sandbox
 from services.clients import CallError, DeadlinePassed, Refused, ServiceClient
 from services.contract import Wire
 from services.http import StartupError
@@ -57,7 +57,9 @@ class RemoteSandbox(Sandbox):
     def state(self) -> str:
         return self.health.state
 
-    async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
+    async def run(
+        self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None = None
+    ) -> list[CaseResult]:
         body = ExecuteRequest(program=program, cases=cases, limits=limits)
         seconds = deadline - time.monotonic()
         try:
@@ -72,4 +74,6 @@ class RemoteSandbox(Sandbox):
             detail = f"{self.client.url}: {len(cases)} cases, but {len(answer.results)} results"
             return [CaseResult(status="error", detail=detail)] * len(cases)
         self.health.worked()
-        return answer.results
+        if read is None:
+            return answer.results
+        return [await read(place, result) for place, result in enumerate(answer.results)]

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from reward_server.sandbox.health import Health
-from reward_server.sandbox.provider import Case, CaseResult, Limits, Places, Program, Sandbox, in_turn
+from reward_server.sandbox.provider import Case, CaseResult, Limits, Places, Program, Reader, Sandbox, admitted, in_turn
 from reward_server.sandbox.wire import Fault, client, clipped, exchange
 
 ACCEPTED = ("Success", "Failed")
@@ -39,12 +39,14 @@ class SandboxFusion(Sandbox):
     def state(self) -> str:
         return self.health.state
 
-    async def run(self, program: Program, cases: list[Case], limits: Limits, deadline: float) -> list[CaseResult]:
+    async def run(
+        self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None = None
+    ) -> list[CaseResult]:
         async def one(case: Case) -> CaseResult:
-            async with self.places.place():
+            async with self.places.free:
                 return await self._case(program, case, limits, deadline)
 
-        return await in_turn(cases, limits, deadline, one)
+        return await admitted(self.places, cases, deadline, lambda: in_turn(cases, limits, deadline, one, read))
 
     async def _case(self, program: Program, case: Case, limits: Limits, deadline: float) -> CaseResult:
         assert self._http is not None
@@ -66,7 +68,7 @@ class SandboxFusion(Sandbox):
             return CaseResult(status="error", detail=str(fault), seconds=time.monotonic() - started)
         self.health.worked()
         try:
-            return _read(answer, limits)
+            return _read(answer, limits, case.most_stdout(limits))
         except Fault as fault:
             return CaseResult(status="error", detail=str(fault), seconds=time.monotonic() - started)
 
@@ -75,7 +77,7 @@ class SandboxFusion(Sandbox):
         await exchange(self._http, "GET", f"{self.url}/v1/ping", None, time.monotonic() + CHECK_SECONDS)
 
 
-def _read(answer: Any, limits: Limits) -> CaseResult:
+def _read(answer: Any, limits: Limits, most_stdout: int) -> CaseResult:
     """Raises Fault: the server failed, or this is no answer of SandboxFusion's."""
     if not isinstance(answer, dict) or answer.get("status") not in ACCEPTED:
         said = answer.get("message", answer) if isinstance(answer, dict) else answer
@@ -91,7 +93,7 @@ def _read(answer: Any, limits: Limits) -> CaseResult:
         return CaseResult(status="timeout", detail=f"no end within {limits.wall_seconds:g} s", **common)
     if ran.get("status") != FINISHED or not isinstance(ran.get("return_code"), int):
         raise Fault(f"SandboxFusion failed: run_result.status is {ran.get('status')!r}")
-    if len(stdout.encode(errors="replace")) > limits.output_bytes:
-        return CaseResult(status="output", detail=f"more than {limits.output_bytes} bytes to stdout", **common)
+    if len(stdout.encode(errors="replace")) > most_stdout:
+        return CaseResult(status="output", detail=f"more than {most_stdout} bytes to stdout", **common)
     code = ran["return_code"]
     return CaseResult(status="ok" if code == 0 else "crash", stdout=stdout, exit_code=code, **common)
