@@ -25,7 +25,9 @@ from served import two_free_ports
 from test_dashboards import ALERTS, ROOT, RULES, targets
 from test_kill import Run, write_recipe
 
+from services.contract import Version
 from services.logs import JsonLines
+from services.orchestrator.progress import lag
 from services.traces import start
 
 pytestmark = pytest.mark.timeout(600)
@@ -235,6 +237,22 @@ def test_prometheus_sees_all_of_a_run_and_nothing_to_alert_of(watched):
     servers = {(service, phase) for service in ("rollout", "reward") for phase in ("verify", "load")}
     assert phases == servers | {("trainer", "write"), ("trainer", "announce")}
     assert {at["metric"]["service"] for at in watched.answers["rlif_weight_lag_versions"]} == {"rollout", "reward"}
+
+
+@pytest.mark.parametrize(
+    "newest, served, versions",
+    [
+        (None, None, 0),
+        ((0, 5), (0, 5), 0),
+        ((0, 5), (0, 3), 2),
+        ((0, 5), (0, 6), 0),  # its heartbeat was faster than the news
+        ((0, 2), None, 3),  # the base model
+        ((1, 3), (0, 5), 1),  # the trainer went back to a checkpoint
+    ],
+)
+def test_a_replica_lags_by_what_it_does_not_serve_yet(newest, served, versions):
+    of = [None if pair is None else Version(lineage=pair[0], version=pair[1]) for pair in (newest, served)]
+    assert lag(*of) == versions
 
 
 @pytest.mark.slow
