@@ -213,3 +213,11 @@ def test_a_second_start_has_nothing_left_to_do(stack):
     said("start", stack.name("trainer"))
     eventually("the trainer to end", lambda: not stack.state("trainer")["Running"], 300)
     assert stack.state("trainer")["ExitCode"] == 0 and stack.steps()[-1]["step"] == STEPS
+
+
+def test_the_weights_come_out_as_a_model_folder(stack):
+    bare = ("run", "--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none")
+    trainer = (*bare, "-v", f"{stack.project}_runs:/srv/rlif/runs")
+    said(*trainer, "rlif-trainer:local", "export", "runs/demo", "runs/demo/exported")
+    files = said(*trainer, "--entrypoint", "ls", "rlif-trainer:local", "runs/demo/exported").split()
+    assert {"config.json", "tokenizer.json"} <= set(files) and any(name.endswith(".safetensors") for name in files)
