@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import orjson
 import uvicorn
@@ -104,7 +104,7 @@ class _BodyRequest(Request):
             raise _Refused(Problem(413, "The body is too large", str(error))) from error
         except NotPlain as error:
             field = field_name(error.path)
-            raise _Refused(Problem(422, "The request is not valid", f"{field}: {error}", field)) from error
+            raise _Refused(Problem(422, "The request is not valid", str(error), field)) from error
         except json.JSONDecodeError:
             raise
         except ValueError as error:
@@ -209,6 +209,7 @@ class _Gate:
         """The deadline in seconds, or none. Raises Problem."""
         if _is_open(scope["path"]):
             return None
+        self._check_host(headers)
         try:
             self._authorise(scope, headers)
         except Problem as refusal:
@@ -223,6 +224,17 @@ class _Gate:
             raise Problem(413, "The body is too large", f"at most {self.settings.max_body_bytes} bytes (got {length})")
         text = headers.get("x-deadline-seconds")
         return None if text is None else _positive_seconds(text)
+
+    def _check_host(self, headers: Headers) -> None:
+        """Where no token is asked, a page could make its own name mean this machine, and so call as if from here."""
+        given = headers.get("host")
+        if self.settings.api_token or given is None:  # browsers always name the host
+            return
+        name = _host_name(given)
+        if not is_loopback(name) and name != self.settings.host.lower():
+            valid = f"localhost, 127.0.0.1, [::1] or {self.settings.host}"
+            detail = f"{valid} (got {given:.100}); with RLIF_API_TOKEN set the server may have any name"
+            raise Problem(421, "The server has no such name", detail, "Host")
 
     def _authorise(self, scope: Scope, headers: Headers) -> None:
         api, admin = self.settings.api_token, self.settings.admin_token
@@ -259,6 +271,14 @@ class _Gate:
             return message
 
         return bounded
+
+
+def _host_name(host: str) -> str:
+    """Of a Host header, without the port and the brackets of IPv6; empty when it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_open(path: str) -> bool:
