@@ -216,8 +216,8 @@ def test_a_client_that_never_sends_the_rest_of_its_body_loses_its_place():
     with served(make_app(max_concurrent=1, body_seconds=0.3)) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as client:
-            head = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-            client.sendall(head)
+            head = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(head + b"Content-Length: 99\r\n\r\n{")
             assert client.recv(100).startswith(b"HTTP/1.1 408")
         assert httpx.post(f"{url}/echo", json={"items": [ITEM]}).status_code == 200
 
