@@ -269,9 +269,11 @@ def _add_model_routes(app: FastAPI, settings: Settings, means: Means) -> None:
             ],
         }
 
-    @app.post("/v1/score", tags=["scorer"], response_model_exclude_none=True)
-    async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
+    @app.post("/v1/score", tags=["scorer"], response_model=ScoreResponse, response_model_exclude_none=True)
+    async def score(body: ScoreRequest, request: Request) -> Response:
         """Scorer metrics of completions given as text or token ids, all under the one weight version that is named."""
         service = scorer_service()
         assert means.encoder is not None and settings.model is not None
-        return await scoring.score(body, service, means.encoder, settings.model, _seconds(request))
+        answer = await scoring.score(body, service, means.encoder, settings.model, _seconds(request))
+        content = await asyncio.to_thread(scoring.as_json, answer) if body.per_token else scoring.as_json(answer)
+        return Response(content, media_type="application/json")

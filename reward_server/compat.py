@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reward_server.evaluate import Means
 from services.api import CompletionText, RewardGroup
-from services.contract import CompletionScore, GroupScores, Message, Reference, Task
+from services.contract import CompletionScore, GroupScores, Items, Message, Reference, Task
 from services.http import Problem
 
 Label = str | int | float | Reference | None
@@ -45,9 +45,9 @@ class QueryLists(BaseModel):
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
-    query: list[str] = Field(min_length=1, max_length=8192)
-    prompts: list[str]
-    labels: list[Label] | None = None
+    query: Items[str] = Field(min_length=1, max_length=8192)
+    prompts: Items[str]
+    labels: Items[Label] | None = None
 
     @model_validator(mode="after")
     def same_lengths(self) -> "QueryLists":
@@ -63,7 +63,7 @@ class OneAnswer(BaseModel):
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
-    prompt: str | Annotated[list[Message], Field(min_length=1)]
+    prompt: str | Annotated[Items[Message], Field(min_length=1)]
     response: str
     label: Label = None
 

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from reward_server.workers import Turn, WorkerPool
 from services.api import RewardGroup
-from services.contract import Score, Version
+from services.contract import Score, Version, Wire
 
 if TYPE_CHECKING:
     from reward_server.calls import Calls
@@ -38,10 +38,10 @@ PACKAGES: dict[Need, tuple[str, str]] = {
 """Needs that are packages: their module, and the extra that brings it."""
 
 
-class Params(BaseModel):
+class Params(Wire):
     """Parameters of a reward; unknown names, NaN and infinity are refused."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(frozen=True)
 
 
 @dataclass

@@ -4,8 +4,10 @@ import asyncio
 import math
 from typing import Any
 
+import orjson
+
 from reward_server.encoding import Encoder
-from reward_server.scorer.items import TokenItem
+from reward_server.scorer.items import ItemScores, TokenItem
 from reward_server.scorer.metrics import METRICS
 from services.api import ScoreItem, ScoreRequest, ScoreResponse, ScoreResult
 from services.http import Problem
@@ -52,8 +54,21 @@ async def score(body: ScoreRequest, service: Any, encoder: Encoder, model: str, 
         raise Problem(504, "The scorer did not answer in time", str(error)) from error
     except ScoringFailed as error:
         raise Problem(500, "The model could not score the items", str(error)) from error
+    results = await asyncio.to_thread(_results, body, encoder, items, scored.results)
+    return ScoreResponse(
+        results=results, model=model, weight_version=scored.version, vocab_size=service.scorer.vocab_size
+    )
+
+
+def as_json(answer: ScoreResponse) -> bytes:
+    """Result by result: in one piece a big answer would hold up every other request."""
+    results = [orjson.Fragment(result.model_dump_json(exclude_none=True)) for result in answer.results]
+    return orjson.dumps({"results": results, **answer.model_dump(mode="json", exclude={"results"})})
+
+
+def _results(body: ScoreRequest, encoder: Encoder, items: list[Any], scored: list[ItemScores]) -> list[ScoreResult]:
     results = []
-    for place, (item, found) in enumerate(zip(items, scored.results, strict=True)):
+    for place, (item, found) in enumerate(zip(items, scored, strict=True)):
         if not all(math.isfinite(value) for value in found.scores.values()):
             raise Problem(
                 500, "The scores are not finite", f"the model's own logits are not: {found.scores}", f"items[{place}]"
@@ -65,6 +80,4 @@ async def score(body: ScoreRequest, service: Any, encoder: Encoder, model: str, 
             result.per_token = {name: values.tolist() for name, values in found.per_token.items()}
             result.tokens = encoder.pieces(item.completion_ids[: found.n_tokens])
         results.append(result)
-    return ScoreResponse(
-        results=results, model=model, weight_version=scored.version, vocab_size=service.scorer.vocab_size
-    )
+    return results

@@ -3,7 +3,7 @@
 Every check starts in the *fast* lane, where it may run for a quantum. One that needs longer is run anew in the *slow*
 lane, under the full limit and at low priority; checks that look expensive go there at once (`heavy`). So expensive or
 hostile text delays only its like. Callers take turns: the next check of a request with few checks comes before the
-hundredth of a big one.
+hundredth of a big one. A caller of whose checks too many ran over loses the fast lane for as long as that is so.
 
 Limits: inside the process alarms on CPU time and on wall time (soft); outside the parent kills and replaces the process
 (hard). A process that ran over its time, or died, is always replaced, by one that is already up.
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 QUEUE_DEPTH = Gauge("rlif_verifier_waiting_checks", "Checks that wait for a verifier process", ["lane"])
 KILLS = Counter("rlif_verifier_kills_total", "Verifier processes replaced, by why", ["reason"])
 STOPPED = "stopped"
+VERDICTS_PER_OVERRUN = 4
+WINDOW = 4
+"""Checks of one caller that wait for the fast lane, per process there: it must not run dry."""
 PROCESSES = Gauge("rlif_verifier_processes", "Verifier processes that are up")
 
 
@@ -46,7 +49,7 @@ class Limits:
     full_seconds: float = 4.0
     full_wall_seconds: float = 10.0
     grace_seconds: float = 1.0
-    slow_wait_seconds: float = 10.0
+    slow_wait_seconds: float = 15.0
     start_seconds: float = 60.0
     memory_bytes: int = 2 * 2**30
     queue: int = 16384
@@ -66,11 +69,21 @@ class Verdict:
 class Turn:
     """One caller's place in the order of turns; share one among the checks of a request.
 
-    `slots` bounds how many checks of the caller wait at once, so that none fills the queue for everybody.
+    `slots` bounds how many checks of the caller wait at once, so that none fills the queue for everybody; `window` (made
+    by the pool) how many of them wait for a process, so that what one learns of a caller comes in time for the others.
     """
 
-    served: float = 0.0
+    served: dict[str, float] = field(default_factory=dict)
+    """By lane."""
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1024))
+    window: asyncio.Semaphore | None = None
+    verdicts: int = 0
+    overruns: int = 0
+    """Checks that ran over their time, or took their process along: each costs a process."""
+
+    @property
+    def is_costly(self) -> bool:
+        return VERDICTS_PER_OVERRUN * self.overruns > self.verdicts
 
 
 class Died(Exception):
@@ -117,8 +130,16 @@ class _Job:
     deadline: float
     done: asyncio.Future[Verdict]
     asked_at: float
+    turn: Turn
     expiry: asyncio.TimerHandle | None = None
     """Set while it waits in the slow lane."""
+    window: asyncio.Semaphore | None = None
+    """Set while it takes up a place there."""
+
+    def leave_window(self) -> None:
+        if self.window is not None:
+            self.window.release()
+            self.window = None
 
     def settle(self, status: Literal["ok", "timeout", "error"], detail: str = "", result: dict | None = None) -> None:
         if not self.done.done():
@@ -135,9 +156,9 @@ class _Lane:
         self.count = 0
         self.depth = QUEUE_DEPTH.labels(name)
 
-    def put(self, job: _Job, turn: Turn) -> None:
-        start = max(self.virtual_time, turn.served)
-        turn.served = start + 1
+    def put(self, job: _Job) -> None:
+        start = max(self.virtual_time, job.turn.served.get(self.name, 0.0))
+        job.turn.served[self.name] = start + 1
         self.count += 1
         self.queue.put_nowait((start, self.count, job))
         self.depth.set(self.queue.qsize())
@@ -213,20 +234,26 @@ class WorkerPool:
                 if self.is_full:
                     return Verdict("error", 0.0, detail=f"the verifier queue is full ({self.limits.queue} checks wait)")
                 done: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-                job = _Job({"check": check, "payload": payload}, deadline, done, asked_at)
+                job = _Job({"check": check, "payload": payload}, deadline, done, asked_at, turn)
                 if heavy:
-                    self._put_slow(job, turn)
-                else:
-                    self.fast.put(job, turn)
-                return await done
+                    self._put_slow(job)
+                    return await done
+                turn.window = turn.window or asyncio.Semaphore(WINDOW * self.fast_workers)
+                await turn.window.acquire()
+                job.window = turn.window
+                try:
+                    self.fast.put(job)
+                    return await done
+                finally:
+                    job.leave_window()
         except TimeoutError:
             return Verdict("timeout", time.monotonic() - asked_at, detail="the request's deadline passed")
 
-    def _put_slow(self, job: _Job, turn: Turn) -> None:
+    def _put_slow(self, job: _Job) -> None:
         wait = self.limits.slow_wait_seconds
         late = f"no slow verifier process was free for {wait:g} s"
         job.expiry = asyncio.get_running_loop().call_later(wait, job.settle, "timeout", late)
-        self.slow.put(job, turn)
+        self.slow.put(job)
 
     # ---- processes ---------------------------------------------------------------------------------------------
 
@@ -264,7 +291,8 @@ class WorkerPool:
         PROCESSES.set(len(self._alive))
         return code
 
-    async def _replace(self, process: _Process, reason: str) -> int:
+    async def _replace(self, process: _Process, turn: Turn, reason: str) -> int:
+        turn.overruns += 1
         KILLS.labels(reason).inc()
         code = await self._end(process)
         self._spawn(self._add_process())
@@ -282,6 +310,9 @@ class WorkerPool:
     async def _run_next(self, lane: _Lane, process: _Process) -> bool:
         """Run one check. False when the process is used up (and has been replaced)."""
         job = await lane.next()
+        if lane is self.fast and job.turn.is_costly:
+            self._put_slow(job)
+            return True
         if job.expiry is not None:
             job.expiry.cancel()
         limits = self.limits
@@ -293,20 +324,22 @@ class WorkerPool:
         try:
             reply = await process.exchange(request, wall + limits.grace_seconds)
         except TimeoutError:
-            await self._replace(process, "hard_limit")
+            await self._replace(process, job.turn, "hard_limit")
             reply = {"status": "timeout"}
         except Died:
-            code = await self._replace(process, "died")
+            code = await self._replace(process, job.turn, "died")
             job.settle("error", f"the verifier process ended (exit code {code})")
             return False
         else:
             if reply["status"] == "timeout":
-                await self._replace(process, "soft_limit")
+                await self._replace(process, job.turn, "soft_limit")
         if reply["status"] != "timeout":
+            job.turn.verdicts += 1
             job.settle(reply["status"], reply.get("detail", ""), reply.get("result"))
             return True
         if lane is self.fast:
-            self._put_slow(job, Turn())
+            job.leave_window()
+            self._put_slow(job)
         else:
             job.settle("timeout", f"no verdict within {cpu:g} s of work or {wall:.3g} s in all")
         return False

@@ -18,10 +18,10 @@ from rollout_server.engines.generation import Token
 from rollout_server.engines.stopping import cut
 from rollout_server.engines.transformers import TransformersEngine
 from rollout_server.prompts import check_size, encode
-from services.contract import Completion, Message, Sampling, Temperature
+from services.contract import Completion, Items, Message, Sampling, Temperature, TokenIds
 from services.http import Problem
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
+SomeTokenIds = Annotated[TokenIds, Field(min_length=1)]
 HARMLESS = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"}
 """Fields of other servers that do not change what is generated."""
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
@@ -40,8 +40,8 @@ class Body(BaseModel):
     n: int = Field(1, ge=1, le=1024)
     temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
-    stop: str | list[str] | None = None
+    top_k: int = Field(0, ge=-1, lt=2**63)
+    stop: str | Items[str] | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -58,7 +58,7 @@ class Body(BaseModel):
     def known_fields(self) -> "Body":
         unknown = [name for name, value in (self.model_extra or {}).items() if value not in NEUTRAL]
         if refused := sorted(set(unknown) - HARMLESS):
-            raise ValueError(f"not supported by the transformers engine: {', '.join(refused)}")
+            raise ValueError(f"not supported by the transformers engine: {', '.join(refused[:10])}")
         return self
 
     def sampling(self, max_tokens: int) -> Sampling:
@@ -73,15 +73,15 @@ class Body(BaseModel):
 
 
 class CompletionBody(Body):
-    prompt: str | list[str] | TokenIds | list[TokenIds] = Field(min_length=1)
-    max_tokens: int | None = Field(16, ge=1)
+    prompt: str | Items[str] | SomeTokenIds | Items[SomeTokenIds] = Field(min_length=1)
+    max_tokens: int | None = Field(16, ge=1, lt=2**63)
     logprobs: int | None = Field(None, ge=0, le=20)
 
 
 class ChatBody(Body):
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Items[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**63)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 

@@ -9,16 +9,15 @@ from services.contract import (
     Completion,
     FinishReason,
     GroupScores,
+    Items,
     Message,
     Sampling,
     Task,
+    TokenIds,
     Version,
     Wire,
 )
 from services.spec import RewardSpec
-
-TokenId = int
-
 
 # ---- POST /v1/rollouts -----------------------------------------------------------------------------------------
 
@@ -27,9 +26,9 @@ class RolloutRequest(Wire):
     """One group to generate. `min_weight_version`: wait (within the deadline) until the server serves at least it."""
 
     group_id: str = Field(min_length=1, max_length=128)
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Items[Message] | None = Field(None, min_length=1)
     prompt: str | None = None
-    prompt_token_ids: list[TokenId] | None = Field(None, min_length=1)
+    prompt_token_ids: TokenIds | None = Field(None, min_length=1)
     n: int = Field(1, ge=1, le=1024)
     sampling: Sampling = Sampling()
     min_weight_version: Version | None = None
@@ -43,19 +42,19 @@ class RolloutRequest(Wire):
 
 
 class RolloutsRequest(Wire):
-    requests: list[RolloutRequest] = Field(min_length=1, max_length=1024)
+    requests: Items[RolloutRequest] = Field(min_length=1, max_length=1024)
 
 
 class RolloutGroup(Wire):
     group_id: str
-    prompt_token_ids: list[TokenId]
-    completions: list[Completion]
+    prompt_token_ids: TokenIds
+    completions: Items[Completion]
 
 
 class RolloutsResponse(Wire):
     """`groups` in the order of the requests."""
 
-    groups: list[RolloutGroup]
+    groups: Items[RolloutGroup]
     model: str
     weight_version: Version
 
@@ -64,11 +63,11 @@ class RolloutsResponse(Wire):
 
 
 class ScoreItem(Wire):
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Items[Message] | None = Field(None, min_length=1)
     prompt: str | None = None
-    prompt_token_ids: list[TokenId] | None = None
+    prompt_token_ids: TokenIds | None = None
     completion: str | None = None
-    completion_token_ids: list[TokenId] | None = None
+    completion_token_ids: TokenIds | None = None
 
     @model_validator(mode="after")
     def one_of_each(self) -> Self:
@@ -113,8 +112,8 @@ class ScoreRequest(Wire, TokenSpan):
     `last` or `span` choose the tokens that `scores` are of; `per_token` has them all. `top_k` is topk_confidence's.
     """
 
-    items: list[ScoreItem] = Field(min_length=1, max_length=4096)
-    metrics: list[str] = Field(default=["self_certainty"], min_length=1, max_length=32)
+    items: Items[ScoreItem] = Field(min_length=1, max_length=4096)
+    metrics: Items[str] = Field(default=["self_certainty"], min_length=1, max_length=32)
     per_token: bool = False
     temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE, le=100)
     preset: Literal["paper", "open_r1", "verl"] = "paper"
@@ -135,7 +134,7 @@ class ScoreResult(Wire):
 
 
 class ScoreResponse(Wire):
-    results: list[ScoreResult]
+    results: Items[ScoreResult]
     model: str
     weight_version: Version
     vocab_size: int
@@ -146,7 +145,7 @@ class ScoreResponse(Wire):
 
 class CompletionText(Wire):
     text: str
-    token_ids: list[TokenId] | None = None
+    token_ids: TokenIds | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -158,8 +157,8 @@ class RewardGroup(Wire):
 
     group_id: str = Field(min_length=1, max_length=128)
     task: Task
-    prompt_token_ids: list[TokenId] | None = None
-    completions: list[CompletionText] = Field(min_length=1, max_length=1024)
+    prompt_token_ids: TokenIds | None = None
+    completions: Items[CompletionText] = Field(min_length=1, max_length=1024)
     weight_version: Version | None = None
     min_weight_version: Version | None = None
 
@@ -172,7 +171,7 @@ class RewardsRequest(Wire):
     """`spec` is a name: a preset, a built-in reward, or one that was put; the server's default when left out."""
 
     spec: str | None = None
-    groups: list[RewardGroup] = Field(min_length=1, max_length=1024)
+    groups: Items[RewardGroup] = Field(min_length=1, max_length=1024)
 
     @model_validator(mode="after")
     def bounded(self) -> Self:
@@ -183,7 +182,7 @@ class RewardsRequest(Wire):
 
 
 class RewardsResponse(Wire):
-    groups: list[GroupScores]
+    groups: Items[GroupScores]
 
 
 # ---- GET /v1/rewards, /v1/specs, /v1/model ---------------------------------------------------------------------
@@ -209,7 +208,7 @@ class RewardEntry(Wire):
 
 
 class RewardsList(Wire):
-    rewards: list[RewardEntry]
+    rewards: Items[RewardEntry]
 
 
 class SpecEntry(Wire):
@@ -224,8 +223,8 @@ class SpecEntry(Wire):
 
 
 class SpecsList(Wire):
-    specs: list[SpecEntry]
+    specs: Items[SpecEntry]
 
 
 class SpecVersions(Wire):
-    versions: list[SpecEntry]
+    versions: Items[SpecEntry]

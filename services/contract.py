@@ -7,9 +7,10 @@ stream, and is consumed by the trainer, which publishes a `WeightVersion`. JSON 
 
 import hashlib
 import math
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import total_ordering
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -25,12 +26,39 @@ def _sharp_or_greedy(temperature: float) -> float:
 
 
 Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_sharp_or_greedy)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number of things or steps; it fits the 64 bits that JSON writers, Redis and tensors have for it."""
+
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
+"""A list of which only the first bad item is told: a million of them would be a million errors."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Of a list of numbers: in msgpack it is one array of `dtype` (numpy's name, little-endian)."""
+
+    dtype: str
+
+
+TokenIds = Annotated[list[int], Field(fail_fast=True), Packed("<i4")]
+Logprobs = Annotated[list[float], Field(fail_fast=True), Packed("<f4")]
+"""float32 is what engines compute: nothing is rounded twice."""
+MOST_FIELDS = 100
 
 
 class Wire(BaseModel):
     """A message: unknown fields, NaN and infinity are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def few_fields(cls, given: Any) -> Any:
+        """Each unknown field is an error of its own: so many are one."""
+        if isinstance(given, dict) and len(given) > MOST_FIELDS:
+            raise ValueError(f"known fields are {', '.join(cls.model_fields)} (got {len(given)} fields)")
+        return given
 
 
 @total_ordering
@@ -43,8 +71,8 @@ class Version(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    lineage: int = Field(0, ge=0)
-    version: int = Field(0, ge=0)
+    lineage: Count = 0
+    version: Count = 0
 
     def __lt__(self, other: "Version") -> bool:
         return (self.lineage, self.version) < (other.lineage, other.version)
@@ -56,7 +84,7 @@ class Version(BaseModel):
 class VersionSpan(Wire):
     """From completion token `start` on, tokens were made by `weight_version`."""
 
-    start: int = Field(ge=0)
+    start: Count
     weight_version: Version
 
 
@@ -78,7 +106,7 @@ class Reference(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     answer: str | None = None
-    tests: list[TestCase] | None = None
+    tests: Items[TestCase] | None = None
 
 
 class Task(Wire):
@@ -86,7 +114,7 @@ class Task(Wire):
 
     task_id: str = Field(min_length=1, max_length=256)
     source: str = Field("default", min_length=1, max_length=128)
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Items[Message] | None = Field(None, min_length=1)
     prompt: str | None = None
     reference: Reference | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
@@ -103,10 +131,10 @@ class Sampling(Wire):
 
     temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_tokens: int = Field(256, ge=1)
+    top_k: Count = 0
+    max_tokens: int = Field(256, ge=1, lt=2**63)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
+    stop: Items[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
 
 
 class Completion(Wire):
@@ -118,11 +146,11 @@ class Completion(Wire):
     """
 
     text: str
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: TokenIds
+    logprobs: Logprobs
     finish_reason: FinishReason
     weight_version: Version = Version()
-    version_spans: list[VersionSpan] = Field(default_factory=list)
+    version_spans: Items[VersionSpan] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def one_logprob_a_token(self) -> Self:
@@ -135,10 +163,10 @@ class Group(Wire):
     """The completions of one task. `index` is the task's place in the run's order (a counter over epochs)."""
 
     group_id: str = Field(min_length=1, max_length=128)
-    index: int = Field(0, ge=0)
+    index: Count = 0
     task: Task
-    prompt_token_ids: list[int] = Field(min_length=1)
-    completions: list[Completion] = Field(min_length=1)
+    prompt_token_ids: TokenIds = Field(min_length=1)
+    completions: Items[Completion] = Field(min_length=1)
     sampling: Sampling
 
 
@@ -206,7 +234,7 @@ class GroupScores(Wire):
     """
 
     group_id: str
-    scores: list[CompletionScore]
+    scores: Items[CompletionScore]
     spec_id: str
     skipped: str = ""
     scorer_weight_version: Version | None = None
@@ -215,7 +243,7 @@ class GroupScores(Wire):
 class ScoredGroup(Group):
     """A group with its scores: what travels the stream."""
 
-    scores: list[CompletionScore]
+    scores: Items[CompletionScore]
     spec_id: str
     skipped: str = ""
     scorer_weight_version: Version | None = None
@@ -253,11 +281,11 @@ class WeightVersion(Wire):
     """A published set of weights. `location` is what the transport needs to find it (disk: a directory)."""
 
     run_id: str
-    lineage: int = Field(ge=0)
-    version: int = Field(ge=0)
+    lineage: Count
+    version: Count
     transport: str
     location: str
-    manifest: list[TensorEntry]
+    manifest: Items[TensorEntry]
     created_at: float
 
     @property

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import orjson
 import uvicorn
@@ -30,12 +30,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import codec, traces
-from services.problem import Problem, problem_response, request_id, validation_problem
+from services.body import SMALL, NotPlain, TooMuch, read_json, read_msgpack
+from services.problem import Problem, field_name, problem_response, request_id, validation_problem
 
 log = logging.getLogger(__name__)
 
@@ -99,15 +101,40 @@ class _BodyRequest(Request):
 
     async def json(self) -> Any:
         body = await self.body()
-        if self.scope.get("rlif.msgpack"):
-            try:
-                return codec.unpack(body)
-            except ValueError as error:
-                raise json.JSONDecodeError(f"not a msgpack message: {error}", "", 0) from error
-        return orjson.loads(body)
+        try:
+            return await _in_thread(len(body), read_msgpack if self.scope.get("rlif.msgpack") else read_json, body)
+        except TooMuch as error:
+            raise _Refused(Problem(413, "The body is too large", str(error))) from error
+        except NotPlain as error:
+            field = field_name(error.path)
+            raise _Refused(Problem(422, "The request is not valid", str(error), field)) from error
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:
+            raise json.JSONDecodeError(f"not a msgpack message: {error}", "", 0) from error
+
+
+class _Refused(HTTPException):
+    """FastAPI lets HTTPException through while it reads a body, and hides any other error."""
+
+    def __init__(self, problem: Problem):
+        super().__init__(problem.status, problem.detail)
+        self.problem = problem
+
+
+async def _in_thread(size: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Work on so many bytes; not in a thread where that is less than a thread's wake-up."""
+    return await asyncio.to_thread(work, *arguments) if size > SMALL else work(*arguments)
 
 
 class _NegotiatedRoute(APIRoute):
+    def _packed(self, body: bytes) -> bytes:
+        """The JSON of an answer as msgpack; its model knows what in it are arrays."""
+        answer = orjson.loads(body)
+        if isinstance(self.response_model, type) and issubclass(self.response_model, BaseModel):
+            answer = self.response_model.model_validate(answer)
+        return codec.pack(answer, exclude_none=self.response_model_exclude_none)
+
     def get_route_handler(self) -> Callable:
         handle = super().get_route_handler()
 
@@ -118,7 +145,8 @@ class _NegotiatedRoute(APIRoute):
             response = await handle(_BodyRequest(request.scope, request.receive))
             wanted = MSGPACK in request.headers.get("accept", "")
             if wanted and response.media_type == "application/json" and response.body:
-                return Response(codec.pack(orjson.loads(response.body)), response.status_code, media_type=MSGPACK)
+                packed = await _in_thread(len(response.body), self._packed, bytes(response.body))
+                return Response(packed, response.status_code, media_type=MSGPACK)
             return response
 
         return negotiated
@@ -214,6 +242,7 @@ class _Gate:
         """The deadline in seconds, or none. Raises Problem."""
         if _is_open(scope["path"]):
             return None
+        self._check_host(headers)
         try:
             self._authorise(scope, headers)
         except Problem as refusal:
@@ -228,6 +257,17 @@ class _Gate:
             raise Problem(413, "The body is too large", f"at most {self.settings.max_body_bytes} bytes (got {length})")
         text = headers.get("x-deadline-seconds")
         return None if text is None else _positive_seconds(text)
+
+    def _check_host(self, headers: Headers) -> None:
+        """Where no token is asked, a page could make its own name mean this machine, and so call as if from here."""
+        given = headers.get("host")
+        if self.settings.api_token or given is None:  # browsers always name the host
+            return
+        name = _host_name(given)
+        if not is_loopback(name) and name != self.settings.host.lower():
+            valid = f"localhost, 127.0.0.1, [::1] or {self.settings.host}"
+            detail = f"{valid} (got {given:.100}); with RLIF_API_TOKEN set the server may have any name"
+            raise Problem(421, "The server has no such name", detail, "Host")
 
     def _authorise(self, scope: Scope, headers: Headers) -> None:
         api, admin = self.settings.api_token, self.settings.admin_token
@@ -260,7 +300,6 @@ class _Gate:
             is_whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self.settings.max_body_bytes:
-                # FastAPI lets HTTPException through while it reads a body, and hides any other error.
                 raise HTTPException(413, f"at most {self.settings.max_body_bytes} bytes")
             return message
 
@@ -273,6 +312,14 @@ async def _end_with_client(receive: Receive, limit: asyncio.Timeout, is_answered
         pass
     if not is_answered():
         limit.reschedule(asyncio.get_running_loop().time())
+
+
+def _host_name(host: str) -> str:
+    """Of a Host header, without the port and the brackets of IPv6; empty when it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_open(path: str) -> bool:
@@ -355,7 +402,8 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def on_http(_: Request, error: HTTPException) -> Response:
-        return problem_response(Problem(error.status_code, str(error.detail)))
+        refusal = error.problem if isinstance(error, _Refused) else Problem(error.status_code, str(error.detail))
+        return problem_response(refusal)
 
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:

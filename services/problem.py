@@ -39,9 +39,8 @@ def problem_response(problem: Problem, errors: list[dict[str, str]] | None = Non
     return Response(orjson.dumps(body), problem.status, headers, "application/problem+json")
 
 
-def _field(location: tuple[Any, ...]) -> str:
-    """("body", "items", 0, "prompt") -> items[0].prompt"""
-    parts = location[1:] if location and location[0] == "body" else location
+def field_name(parts: tuple[Any, ...]) -> str:
+    """("items", 0, "prompt") -> items[0].prompt"""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return text.lstrip(".") or "body"
 
@@ -50,7 +49,9 @@ def field_errors(error: RequestValidationError | ValidationError) -> list[dict[s
     """What pydantic found wrong, at most 20 faults: [{"field", "message"}]."""
     errors = []
     for fault in error.errors()[:20]:
-        field, message = _field(tuple(fault["loc"])), fault["msg"].removeprefix("Value error, ")
+        location = tuple(fault["loc"])
+        parts = location[1:] if location and location[0] == "body" else location
+        field, message = field_name(parts), fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "json_invalid":
             field, message = "body", f"not valid JSON: {fault.get('ctx', {}).get('error', message)}"
         elif not isinstance(fault.get("input"), dict | list | bytes):

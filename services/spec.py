@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from services.contract import Wire
+from services.contract import Count, Items, Wire
 
 Normalize = Literal["group_std", "group_mean", "leave_one_out", "rank", "none"]
 
@@ -21,8 +21,8 @@ class Ramp(Wire):
     """`before` up to version `start`, `after` from version `end` on, linear in between."""
 
     kind: Literal["ramp"]
-    start: int = Field(0, ge=0)
-    end: int = Field(ge=1)
+    start: Count = 0
+    end: int = Field(ge=1, lt=2**63)
     before: float = 0.0
     after: float = 1.0
 
@@ -41,7 +41,7 @@ class Switch(Wire):
     """`before` below version `at`, `after` from it on: e.g. Intuitor first, GRPO after."""
 
     kind: Literal["switch"]
-    at: int = Field(ge=1)
+    at: int = Field(ge=1, lt=2**63)
     before: float = 1.0
     after: float = 0.0
 
@@ -53,8 +53,8 @@ class Alternate(Wire):
     """`factors` in turn, each for `every` versions, over and over."""
 
     kind: Literal["alternate"]
-    every: int = Field(1, ge=1)
-    factors: list[float] = Field(min_length=2, max_length=64)
+    every: int = Field(1, ge=1, lt=2**63)
+    factors: Items[float] = Field(min_length=2, max_length=64)
 
     def factor(self, version: int) -> float:
         return self.factors[version // self.every % len(self.factors)]
@@ -97,7 +97,7 @@ class RewardTerm(Wire):
 
     name: str = Field(min_length=1, max_length=64)
     weight: float = 1.0
-    sources: list[str] | None = Field(None, min_length=1)
+    sources: Items[str] | None = Field(None, min_length=1)
     params: dict[str, Any] = Field(default_factory=dict)
     label: str | None = Field(None, min_length=1, max_length=64)
     """Key in `components`; needed only when one reward occurs twice with different parameters."""
@@ -139,7 +139,7 @@ class Combine(Wire):
 
 
 class RewardSpec(Wire):
-    rewards: list[RewardTerm] = Field(min_length=1, max_length=64)
+    rewards: Items[RewardTerm] = Field(min_length=1, max_length=64)
     combine: Combine = Combine()
 
     @field_validator("rewards")

@@ -99,6 +99,9 @@ def test_further_columns_of_the_reference(tokenizer, tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist([{"q": "a", "options": b"x"}]), tmp_path / "b.parquet")
     with pytest.raises(data.DataError, match="field 'options': .*bytes"):
         load(tokenizer, tmp_path / "b.parquet", fields={"prompt": "q", "reference": {"choices": "options"}})
+    parquet.write_table(pyarrow.Table.from_pylist([{"q": "a", "options": [float("nan")]}]), tmp_path / "n.parquet")
+    with pytest.raises(data.DataError, match="field 'options': .*not JSON compliant"):
+        load(tokenizer, tmp_path / "n.parquet", fields={"prompt": "q", "reference": {"choices": "options"}})
     with pytest.raises(data.DataError, match="gone"):
         load(tokenizer, tmp_path / "r.parquet", fields={"prompt": "q", "reference": {"choices": "gone"}})
     with pytest.raises(ValueError, match="fields.answer"):

@@ -164,6 +164,40 @@ def test_tokens(guarded_url):
     assert httpx.get(f"{guarded_url}/docsx").status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LocalHost:8100", 200),
+        ("127.0.0.1:1", 200),
+        ("127.8.8.8", 200),
+        ("[::1]:8100", 200),
+        ("evil.example", 421),
+        ("evil.example:8100", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("localhost@evil.example", 421),
+        ("10.0.0.7", 421),
+        ("[::1", 421),
+        ("", 421),
+    ],
+)
+def test_without_a_token_only_names_of_this_machine_are_served(open_url, guarded_url, host, status):
+    answer = httpx.put(f"{open_url}/state", headers={"Host": host})
+    assert answer.status_code == status
+    if status != 200:
+        assert answer.json()["errors"][0]["field"] == "Host" and "localhost, 127.0.0.1" in answer.json()["detail"]
+    for probe in ("healthz", "readyz", "metrics"):
+        assert httpx.get(f"{open_url}/{probe}", headers={"Host": host}).status_code == 200
+    headers = {"Host": host, "Authorization": "Bearer admin-token"}
+    assert httpx.put(f"{guarded_url}/state", headers=headers).status_code == 200
+
+
+def test_the_bound_address_is_a_name_of_the_server():
+    with served(make_app(host="box.example")) as url:
+        assert httpx.post(f"{url}/echo", json={"items": [ITEM]}, headers={"Host": "Box.example:1"}).status_code == 200
+        assert httpx.post(f"{url}/echo", json={"items": [ITEM]}, headers={"Host": "other.example"}).status_code == 421
+
+
 def test_concurrency_limit():
     with served(make_app(max_concurrent=2)) as url:
 
@@ -182,8 +216,8 @@ def test_a_client_that_never_sends_the_rest_of_its_body_loses_its_place():
     with served(make_app(max_concurrent=1, body_seconds=0.3)) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as client:
-            head = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-            client.sendall(head)
+            head = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(head + b"Content-Length: 99\r\n\r\n{")
             assert client.recv(100).startswith(b"HTTP/1.1 408")
         assert httpx.post(f"{url}/echo", json={"items": [ITEM]}).status_code == 200
 

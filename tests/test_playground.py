@@ -349,10 +349,13 @@ def test_requests_that_no_page_of_ours_sends(rules):
         (b"&".join([b"z=a"] * 200), form, 400),
         (b"prompt=a", {**form, "origin": "https://elsewhere.example"}, 403),
         (b"prompt=a", {**form, "origin": "null"}, 403),
+        (b"prompt=a", {**form, "origin": f"http://{rules.base_url.host}"}, 403),
     ]:
         answer = rules.post("/", content=content, headers=headers)
         assert answer.status_code == status, answer.text[:500]
         assert answer.headers["content-type"].startswith("text/html") and 'role="alert"' in answer.text
+    rebound = {**form, "host": "evil.example", "origin": "http://evil.example"}
+    assert rules.post("/", content=b"prompt=a", headers=rebound).status_code == 421
 
 
 def test_a_deadline_holds(scorer, monkeypatch):

@@ -61,7 +61,7 @@ def test_required_parameters_have_an_example():
 
 
 def test_the_api_lists_what_the_page_says():
-    client = TestClient(create(Settings()))  # not entered: nothing is started
+    client = TestClient(create(Settings()), base_url="http://localhost")  # not entered: nothing is started
     listed = {item["name"]: item for item in client.get("/v1/rewards").json()["rewards"]}
     assert list(listed) == list(REWARDS)
     kimi = listed["kimi_length"]

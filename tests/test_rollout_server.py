@@ -161,7 +161,8 @@ def test_a_client_that_hangs_up_frees_the_engine(url):
     host, port = url.removeprefix("http://").split(":")
     calm = post(url, "/v1/rollouts", {"requests": [ask(n=1, max_tokens=1).model_dump(mode="json")]})
     with socket.create_connection((host, int(port))) as client:
-        head = f"POST /v1/rollouts HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = "POST /v1/rollouts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}"
         client.sendall(head.encode() + b"\r\n\r\n" + body)
         time.sleep(0.5)
         assert 'rlif_rollout_calls_in_flight{engine="transformers"} 1.0' in httpx.get(url + "/metrics").text

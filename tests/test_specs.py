@@ -3,6 +3,7 @@
 import uuid
 
 import httpx
+import msgpack
 import pytest
 from served import served
 
@@ -157,3 +158,51 @@ def test_raw_values_are_metrics(client):
     before = seen()
     rewards(client, "measured", group(["abc", "abcde"]))
     assert seen() == before + 8
+
+
+@pytest.mark.parametrize(
+    ("schedule", "field"),
+    [
+        ({"kind": "ramp", "end": "9" * 25}, "ramp.end"),
+        ({"kind": "switch", "at": "9" * 25}, "switch.at"),
+        ({"kind": "alternate", "every": "9" * 401, "factors": [0, 1]}, "alternate.every"),
+    ],
+)
+def test_numbers_that_no_store_can_hold_are_refused(client, schedule, field):
+    answer = client.put("/v1/specs/huge", json={"rewards": [{"name": "length", "schedule": schedule}]})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == f"rewards[0].schedule.{field}"
+
+
+def test_a_version_beyond_any_number_of_steps_is_refused(client):
+    put(client, "ramp", {"rewards": [{"name": "length", "schedule": {"kind": "ramp", "end": 100}}]})
+    answer = rewards(client, "ramp", group(["4"], weight_version={"version": "9" * 401}))
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "groups[0].weight_version.version"
+    assert rewards(client, "ramp", group(["4"], weight_version={"version": 2**63 - 1})).status_code == 200
+
+
+@pytest.mark.parametrize("value", [b"bytes", float("nan"), float("inf")])
+def test_what_json_has_no_word_for_is_refused_in_msgpack_too(client, value):
+    headers = {"Content-Type": "application/msgpack"}
+    spec = {"rewards": [{"name": "json_schema", "params": {"json_schema": {"const": value}}}]}
+    answer = client.put("/v1/specs/strange", content=msgpack.packb(spec), headers=headers)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "rewards[0].params.json_schema.const"
+    asked = group(["4"])
+    for part, field in [("metadata", "metadata.deep[0]"), ("reference", "reference.deep[0]")]:
+        task = {**asked["task"], part: {"deep": [value]}}
+        body = {"spec": "length", "groups": [{**asked, "task": task}]}
+        answer = client.post("/v1/rewards", content=msgpack.packb(body), headers=headers)
+        assert answer.status_code == 422
+        assert answer.json()["errors"][0]["field"] == f"groups[0].task.{field}"
+
+
+def test_a_schema_that_speaks_of_token_ids_reads_the_same_in_msgpack(client):
+    schema = {"dependentRequired": {"token_ids": ["x"]}, "const": {"logprobs": [0.1], "prompt_token_ids": [2**40]}}
+    spec = {"rewards": [{"name": "json_schema", "params": {"json_schema": schema}}]}
+    put(client, "schema", spec)
+    for path in ("/v1/specs", "/v1/specs/schema"):
+        packed = client.get(path, headers={"Accept": "application/msgpack"})
+        assert packed.headers["content-type"] == "application/msgpack"
+        assert msgpack.unpackb(packed.content) == client.get(path).json()

@@ -223,6 +223,46 @@ async def test_callers_take_turns(rough):
     assert order.index("small") < 5
 
 
+async def test_a_caller_whose_checks_run_over_loses_the_fast_lane(rough):
+    rough.limits = Limits(0.3, 20, 0.6, 20, slow_wait_seconds=120)
+    await run(rough, "child_pid")
+    hostile, deadline = Turn(), time.monotonic() + 120
+    bad = [asyncio.create_task(rough.check("misbehaving:toil", {"seconds": 60}, deadline, hostile)) for _ in range(8)]
+    while not hostile.overruns:
+        await asyncio.sleep(0.01)
+    kept = (await run(rough, "child_pid")).result["pid"]
+    for overruns in (2, 3):
+        while hostile.overruns < overruns:
+            await asyncio.sleep(0.01)
+        assert (await run(rough, "child_pid")).result["pid"] == kept  # no check of the other's was tried there
+    for task in bad:
+        task.cancel()
+
+
+async def test_heavy_checks_of_others_do_not_wait_for_all_that_ran_over(rough):
+    rough.limits = Limits(0.3, 20, 0.6, 20, slow_wait_seconds=120)
+    hostile, deadline = Turn(), time.monotonic() + 120
+    bad = [asyncio.create_task(rough.check("misbehaving:toil", {"seconds": 60}, deadline, hostile)) for _ in range(8)]
+    while hostile.overruns < 2:
+        await asyncio.sleep(0.01)
+    assert (await run(rough, "child_pid", heavy=True)).status == "ok"
+    assert sum(task.done() for task in bad) <= 3
+    for task in bad:
+        task.cancel()
+
+
+async def test_a_caller_gets_the_fast_lane_back(rough):
+    rough.limits = Limits(0.3, 20, 0.6, 20, slow_wait_seconds=120)
+    await run(rough, "child_pid")
+    turn, deadline = Turn(), time.monotonic() + 120
+    assert (await rough.check("misbehaving:toil", {"seconds": 60}, deadline, turn)).status == "timeout"
+    assert turn.is_costly
+    checks = (rough.check("misbehaving:child_pid", {}, deadline, turn) for _ in range(30))
+    pids = [(await check).result["pid"] for check in checks]
+    fast = (await run(rough, "child_pid")).result["pid"]
+    assert pids[0] != fast and pids[-1] == fast and not turn.is_costly
+
+
 async def test_stop_leaves_no_process(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     pool = WorkerPool(1)

@@ -6,12 +6,13 @@ from typing import Annotated
 from pydantic import Field
 
 from reward_server.ifeval.registry import Relation, holds, instruction
+from services.contract import Items
 
 Word = Annotated[str, Field(min_length=1)]
 
 
 @instruction("keywords:existence")
-def existence(text: str, *, keywords: Annotated[list[Word], Field(min_length=1)]) -> bool:
+def existence(text: str, *, keywords: Annotated[Items[Word], Field(min_length=1)]) -> bool:
     return all(re.search(re.escape(word), text, re.IGNORECASE) for word in keywords)
 
 
@@ -21,7 +22,7 @@ def frequency(text: str, *, keyword: Word, frequency: int, relation: Relation) -
 
 
 @instruction("keywords:forbidden_words")
-def forbidden_words(text: str, *, forbidden_words: Annotated[list[Word], Field(min_length=1)]) -> bool:
+def forbidden_words(text: str, *, forbidden_words: Annotated[Items[Word], Field(min_length=1)]) -> bool:
     """As whole words: `rock` does not forbid `rocket`."""
     return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in forbidden_words)
 

@@ -25,15 +25,15 @@ from reward_server.ifeval.registry import instructions
 from reward_server.references import Fields, read
 from reward_server.reward import Context, Params, Reward
 from services.api import RewardGroup
-from services.contract import Outcome, Score
+from services.contract import Items, Outcome, Score
 from services.http import Problem
 
 CHECK = "reward_server.ifeval.following:check"
 
 
 class Instructions(Fields):
-    instruction_id_list: list[str] = Field(min_length=1, max_length=64)
-    arguments: list[dict[str, Any]] = Field(validation_alias=AliasChoices("kwargs"))
+    instruction_id_list: Items[str] = Field(min_length=1, max_length=64)
+    arguments: Items[dict[str, Any]] = Field(validation_alias=AliasChoices("kwargs"))
 
 
 class InstructionFollowingParams(Params):

@@ -27,7 +27,7 @@ from pydantic import Field
 from reward_server.references import Fields, read
 from reward_server.reward import Context, Params, Reward
 from services.api import RewardGroup
-from services.contract import Outcome, Score
+from services.contract import Items, Outcome, Score
 
 BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]{0,400}\}){0,400})\}")
 ANNOUNCED = re.compile(r"\b(?:answer|choice|option)\s{0,8}(?:is|:|=)[\s:]{0,8}(?=([^\n]{1,400}))", re.IGNORECASE)
@@ -40,7 +40,7 @@ SENTENCE_END = re.compile(r"[.;!?](?:\s|$)")
 
 
 class Choices(Fields):
-    choices: Annotated[list[str], Field(min_length=2, max_length=26)] | None = None
+    choices: Annotated[Items[str], Field(min_length=2, max_length=26)] | None = None
 
 
 class MultipleChoiceParams(Params):

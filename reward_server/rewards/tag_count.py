@@ -12,13 +12,13 @@ from pydantic import Field
 
 from reward_server.reward import Context, Params, Reward
 from services.api import RewardGroup
-from services.contract import Score
+from services.contract import Items, Score
 
 Tag = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class TagCountParams(Params):
-    tags: list[Tag] = Field(["<think>", "</think>", "<answer>", "</answer>"], min_length=1, max_length=64)
+    tags: Items[Tag] = Field(["<think>", "</think>", "<answer>", "</answer>"], min_length=1, max_length=64)
 
 
 async def score(group: RewardGroup, params: TagCountParams, _context: Context) -> list[Score]:

@@ -5,6 +5,7 @@ row is read and checked before the first is used: a fault is named with file, ro
 """
 
 import hashlib
+import json
 import logging
 import re
 import time
@@ -138,6 +139,7 @@ def _plain(value: Any) -> Any:
     """A value that can go on the wire as it is."""
     try:
         orjson.dumps(value)
+        json.dumps(value, allow_nan=False, default=str)
     except TypeError as error:
         raise ValueError(str(error)) from error
     return value
