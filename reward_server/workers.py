@@ -69,8 +69,9 @@ class Verdict:
 class Turn:
     """One caller's place in the order of turns; share one among the checks of a request.
 
-    `slots` bounds how many checks of the caller wait at once, so that none fills the queue for everybody; `window` (made
-    by the pool) how many of them wait for a process, so that what one learns of a caller comes in time for the others.
+    `slots` bounds how many checks of the caller wait at once, so that none fills the queue for everybody; `window`
+    (made by the pool) how many of them wait for a process, so that what one learns of a caller comes in time for the
+    others.
     """
 
     served: dict[str, float] = field(default_factory=dict)
