@@ -397,7 +397,12 @@ def create_app(
         return problem_response(problem)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(_: Request, error: RequestValidationError) -> Response:
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "").split(";")[0].strip()
+        is_unread = any(fault["loc"] == ("body",) and isinstance(fault.get("input"), bytes) for fault in error.errors())
+        if is_unread:  # FastAPI hands on what is not called JSON as it came
+            detail = f"Content-Type: send application/json or {MSGPACK} (got {kind[:100] or 'none'})"
+            return problem_response(Problem(415, "The body is of no type that is read here", detail))
         return validation_problem(error)
 
     @app.exception_handler(HTTPException)

@@ -102,6 +102,14 @@ def test_bad_bodies_name_the_field(open_url, content, field):
     assert field in [error["field"] for error in answer.json()["errors"]]
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/yaml", None])
+def test_a_body_of_another_type_names_the_header(open_url, kind):
+    content = b'{"items": [{"prompt": "a", "completion": "b"}]}'
+    answer = httpx.post(f"{open_url}/echo", content=content, headers={"content-type": kind} if kind else {})
+    assert answer.status_code == 415
+    assert "Content-Type: send application/json or application/msgpack" in answer.json()["detail"]
+
+
 def test_msgpack_both_ways(open_url):
     body = ScoreRequest(items=[ScoreItem(**ITEM)])
     headers = {"content-type": "application/msgpack", "accept": "application/msgpack"}

@@ -204,6 +204,7 @@ def demo_model(
     if directory.exists() and any(directory.iterdir()):
         raise StartupError(f"{directory} is not empty")
     console = Console()
+    console.print("pretraining: a minute or two on two free cores", style="dim")
     _pretrain(directory, seed, console)
     console.print(f"{directory}: the demo's base model, seed {seed}", highlight=False)
 
