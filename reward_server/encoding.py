@@ -57,6 +57,8 @@ class Encoder:
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
+        if not token_ids:
+            return []  # batch_decode of no token at all is one empty text
         distinct = list(dict.fromkeys(token_ids))
         with self._lock:
             texts = dict(zip(distinct, self.tokenizer.batch_decode([[token] for token in distinct]), strict=True))

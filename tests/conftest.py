@@ -6,10 +6,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tiny import make_tiny_model
 
 from services.redis import EmbeddedRedis
+
+# A busy machine is no finding.
+hypothesis.settings.register_profile("rlif", deadline=None)
+hypothesis.settings.load_profile("rlif")
 
 
 def pytest_configure() -> None:

@@ -291,9 +291,13 @@ async def test_openrlhf(mixed, tiny_model):
         oracle = certainty(tiny_model, *tokens)
         assert found["extra_logs"]["self_certainty"] == [pytest.approx(oracle, rel=1e-4)]
         assert found["rewards"] == [pytest.approx(oracle + ("3" in answer), rel=1e-4)]
-    # A verdict that failed leaves the same columns.
-    status, found = await aiohttp_post(url, {"query": [prompt + "x"], "prompts": [prompt], "labels": ["}{"]})
-    assert found["extra_logs"]["math_verify/present"] == [0.0] and found["extra_logs"]["valid"] == [1.0]
+    # A verdict that failed leaves no sum of the rest; where the caller has a number for it, the same columns.
+    failed = {"query": [prompt + "x"], "prompts": [prompt], "labels": ["}{"]}
+    status, found = await aiohttp_post(url, failed)
+    assert (status, found["title"]) == (422, "No reward could be computed")
+    status, found = await aiohttp_post(f"{url}?missing=-1", failed)
+    assert found["rewards"] == [-1.0]
+    assert found["extra_logs"]["math_verify/present"] == [0.0] and found["extra_logs"]["valid"] == [0.0]
     assert columns == {tuple(sorted(found["extra_logs"]))}
     status, found = await aiohttp_post(mixed + "/get_reward", {"query": ["p"], "prompts": ["p"]})
     assert (status, found["title"]) == (401, "Token needed")

@@ -46,13 +46,14 @@ class Server:
         self.app.add_api_route("/{path:path}", self.handle, methods=["POST"])
 
     async def handle(self, request: Request):
-        self.bodies.append(await request.json())
+        body = await request.json()
+        self.bodies.append(body)
         self.headers.append(dict(request.headers))
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         await asyncio.sleep(self.pause)
         self.at_once -= 1
-        found = self.answer(self.bodies[-1])
+        found = self.answer(body)
         return found if isinstance(found, Response) else Response(json.dumps(found), media_type="application/json")
 
 
@@ -403,7 +404,7 @@ async def test_what_another_reward_server_refuses(another, context, monkeypatch)
 
 
 def test_failures_elsewhere_keep_their_outcome():
-    late = {"components": {"math_verify": Score.failed(Outcome.timeout, "slow")}, "reward": 0, "advantage": 0}
+    late = {"components": {"math_verify": Score.failed(Outcome.timeout, "slow")}, "reward": None, "advantage": 0}
     item = remote._raw(remote.CompletionScore(**late, valid=False))
     assert (item.value, item.outcome) == (None, Outcome.timeout) and "slow" in item.detail
 
