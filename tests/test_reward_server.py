@@ -103,7 +103,7 @@ def test_hostile_answers_beside_good_ones(rules):
     for item in scores[:4]:
         component = item["components"]["math_verify"]
         assert component["outcome"] in ("timeout", "error") and component["value"] is None
-        assert (item["valid"], item["reward"], item["advantage"]) == (False, 0.0, 0.0)
+        assert (item["valid"], item["reward"], item["advantage"]) == (False, None, 0.0)
     right, wrong = scores[4:]
     assert right["components"]["math_verify"]["outcome"] == "correct"
     assert right["advantage"] == -wrong["advantage"] > 0.7
