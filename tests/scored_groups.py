@@ -37,7 +37,7 @@ def make_group(
         scores.append(
             CompletionScore(
                 components={"certainty": component},
-                reward=rng.random() if valid else 0.0,
+                reward=rng.random() if valid else None,
                 advantage=rng.gauss(0, 1) if valid else 0.0,
                 valid=valid,
             )

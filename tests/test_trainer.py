@@ -201,7 +201,7 @@ def test_numbers_of_groups_leave_missing_scores_out():
             "completions": [completion(4, "stop", Version(version=3)), completion(2, "length", Version(version=5))],
             "scores": [
                 CompletionScore(components=certain, reward=2.0, advantage=-1.0, valid=True),
-                CompletionScore(components=failed, reward=0.0, advantage=0.0, valid=False),
+                CompletionScore(components=failed, reward=None, advantage=0.0, valid=False),
             ],
         }
     )
