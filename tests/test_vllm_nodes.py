@@ -41,8 +41,7 @@ def test_the_command_refuses_them_too(tmp_path):
     assert isinstance(done.exception, StartupError) and "--node-rank 1" in str(done.exception)
 
 
-@pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.nodes
 @pytest.mark.timeout(600)
 def test_two_nodes_serve_one_model_and_none_outlives_the_other(tmp_path):
     pytest.importorskip("vllm")
