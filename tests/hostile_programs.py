@@ -195,7 +195,11 @@ SPYING = [
     tried("files of the host", *reading("/etc/shadow", "/etc/passwd", "/etc/hostname", "@secret@")),
     tried("files of the home and of the project", *reading("@home@", "@checkout@")),
     tried("folders of the host", *(f"print(os.listdir('{path}'))" for path in ("/root", "/home", "@folder@", "/run"))),
-    tried("folders of the kernel", "print(os.listdir('/sys'))", "print(open('/proc/1/root/etc/passwd').read())"),
+    tried(
+        "folders of the kernel",
+        "print(os.listdir('/sys'))",
+        "print(open(os.path.join('/proc/1/root', 'etc/passwd')).read())",
+    ),
     tried(
         "detours to files of the host",
         *reading(*(f"/proc/{pid}/{way}@secret@" for pid in ("1", "self") for way in ("root", "cwd/..", "root/.."))),
