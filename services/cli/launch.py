@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from services import recipe as recipes
-from services.http import StartupError
 from services.recipe import Recipe
+from services.startup import StartupError
 from services.supervisor import Service
 
 log = logging.getLogger(__name__)

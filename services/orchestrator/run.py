@@ -14,7 +14,6 @@ from typing import Any
 import orjson
 
 from services.clients import CallError
-from services.http import StartupError
 from services.keys import Keys
 from services.orchestrator import data
 from services.orchestrator.chunk import Chunk, Desk, finish
@@ -24,6 +23,7 @@ from services.orchestrator.servers import Servers
 from services.queue import GroupQueue
 from services.recipe import Recipe
 from services.redis import DeadlineExceeded, cancel, connect, wait_for_redis
+from services.startup import StartupError
 from services.status import serving_status
 
 log = logging.getLogger(__name__)

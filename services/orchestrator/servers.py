@@ -5,9 +5,9 @@ import os
 from typing import Any
 
 from services.clients import Refused, RewardClient, RolloutClient, ServerFault, ServiceClient
-from services.http import StartupError
 from services.orchestrator.routing import Routes
 from services.recipe import Recipe
+from services.startup import StartupError
 
 log = logging.getLogger(__name__)
 
