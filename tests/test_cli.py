@@ -287,7 +287,7 @@ def test_a_start_that_came_to_nothing_may_be_tried_again(tiny_model, tmp_path):
         done = rlif("up", DEMO, *wrong)
         assert done.returncode == 2, (done.stdout, done.stderr)
         assert "no field 'prompt'" in done.stdout + done.stderr
-    (run_dir / "steps.jsonl").write_text("")
+    (run_dir / "steps.jsonl").write_text("{}\n")
     assert "--resume" in refused("up", DEMO, *wrong)
 
 
