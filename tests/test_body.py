@@ -13,6 +13,8 @@ from services.body import MOST_CONTAINERS, MOST_VALUES, NotPlain, TooMuch, read_
 from services.contract import Group, ScoredGroup
 from services.spec import RewardSpec
 
+pytestmark = pytest.mark.alone
+
 BODIES = [RewardsRequest, RolloutsRequest, ScoreRequest, RewardSpec, QueryLists, OneAnswer, CompletionBody, ChatBody]
 STREAM = [Group, ScoredGroup]
 PARAMS = [reward.params for reward in REWARDS.values()]

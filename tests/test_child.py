@@ -10,6 +10,8 @@ import uvloop
 from reward_server import child
 from reward_server.workers import WorkerPool
 
+pytestmark = pytest.mark.alone
+
 LOOPS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 
 

@@ -45,6 +45,8 @@ from services.contract import Completion, CompletionScore, GroupScores, Score, T
 from services.orchestrator.routing import Routes
 from services.spec import RewardSpec
 
+pytestmark = pytest.mark.alone
+
 
 class Behaviour:
     """What the server does next (answers to give, or seconds to hang), and what it saw."""

@@ -25,6 +25,8 @@ from services.contract import Reference, Task, TestCase
 from services.http import HttpSettings
 from services.startup import StartupError
 
+pytestmark = pytest.mark.alone
+
 CRUXEVAL = Path(__file__).parents[2] / "shared" / "data" / "cruxeval.jsonl"
 DOUBLE = "```python\nprint(2 * int(input()))\n```"
 TESTS = [TestCase(input=str(number), output=f"{2 * number}\n") for number in (1, 21, -5, 0)]

@@ -22,6 +22,8 @@ from services.http import (
     settings_from_environment,
 )
 
+pytestmark = pytest.mark.alone
+
 
 def make_app(states=None, **settings):
     states = {"model": "ok"} if states is None else states

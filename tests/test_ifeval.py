@@ -16,6 +16,8 @@ from services.api import CompletionText, RewardGroup
 from services.contract import Outcome, Reference, Task
 from services.http import Problem
 
+pytestmark = pytest.mark.alone
+
 SENTENCES = "Dr. Smith paid $3.50 to Mr. Jones. Why? Nobody knows!"
 SPANISH = "El perro corre por el parque todos los días con su dueño."
 ENGLISH = "the dog runs through the park every day with its owner"

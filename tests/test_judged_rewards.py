@@ -29,6 +29,8 @@ from services.api import CompletionText, RewardGroup
 from services.contract import Message, Outcome, Reference, Score, Task
 from services.http import HttpSettings, Problem
 
+pytestmark = pytest.mark.alone
+
 shared_loop = pytest.mark.asyncio(loop_scope="module")
 KEY = "rk-5f0c2e71"
 

@@ -18,6 +18,8 @@ from reward_server.playground import page
 from reward_server.rewards import REWARDS
 from services.http import OPEN_FOLDER, OPEN_PATHS, HttpSettings
 
+pytestmark = pytest.mark.alone
+
 API = {"Authorization": "Bearer api"}
 ADMIN = {"Authorization": "Bearer admin"}
 COMPUTING = {"/v1/rewards", "/v1/score", "/get_reward", "/reward"}

@@ -31,6 +31,8 @@ from services.spec import RewardSpec
 from services.startup import StartupError
 from services.weights import pointer
 
+pytestmark = pytest.mark.alone
+
 STEPS, PER_STEP = 5, 4
 SECONDS = 40.0
 """How long a test waits for something that should take well under a second."""

@@ -23,7 +23,7 @@ CURLS = [
     command.strip() for block in BLOCKS for command in re.findall(r"^\$ (curl .*?)(?=^\$ |\Z)", block, re.M | re.S)
 ]
 
-pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")]
 
 
 def run(command: str, port: int, url: str) -> dict:

@@ -23,6 +23,8 @@ from services.spec import RewardSpec, RewardTerm
 from services.startup import StartupError
 from services.weights.publish import Publisher
 
+pytestmark = pytest.mark.alone
+
 SPEC = {"rewards": [{"name": "length", "params": {"scale": 1}}], "combine": {"normalize": "none"}}
 
 

@@ -26,6 +26,8 @@ from services.redis import connect_sync
 from services.startup import StartupError
 from services.weights.publish import Publisher
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def url(tiny_model):

@@ -19,6 +19,8 @@ from services.contract import Outcome, Reference, Task
 from services.http import Problem
 from services.spec import RewardSpec, RewardTerm
 
+pytestmark = pytest.mark.alone
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
 

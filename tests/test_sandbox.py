@@ -36,6 +36,8 @@ from reward_server.sandbox.sandboxfusion import SandboxFusion
 from services.http import HttpSettings
 from services.startup import StartupError
 
+pytestmark = pytest.mark.alone
+
 DOUBLE = {
     "python": "print(2 * int(input()))",
     "cpp": "#include <iostream>\nint main() { long x; std::cin >> x; std::cout << 2 * x << std::endl; }",

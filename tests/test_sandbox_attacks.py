@@ -28,7 +28,7 @@ from reward_server.sandbox.bubblewrap import Bubblewrap
 from reward_server.sandbox.provider import Case, CaseResult, Limits, Program
 from services.http import HttpSettings
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.alone, pytest.mark.asyncio(loop_scope="module")]
 
 LIMITS = Limits(
     seconds=10, wall_seconds=30, memory_mb=192, processes=16, disk_mb=8, output_bytes=2**17, compile_seconds=2

@@ -14,6 +14,8 @@ from reward_server.sandbox.e2b import E2B
 from reward_server.sandbox.provider import Case, Limits, Program
 from services.startup import StartupError
 
+pytestmark = pytest.mark.alone
+
 pytest.importorskip("e2b")
 
 FRAME, LAST = 0, 2

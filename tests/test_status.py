@@ -15,6 +15,8 @@ from services.startup import StartupError
 from trainer.train import main
 from trainer.waits import Waits
 
+pytestmark = pytest.mark.alone
+
 
 def make_tree(model: Path, run_dir: Path, port: int) -> dict:
     return {

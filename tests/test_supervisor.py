@@ -13,6 +13,8 @@ import pytest
 from services import supervisor
 from services.supervisor import Service, supervise
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -16,7 +16,7 @@ from reward_server.workers import Limits, Turn, WorkerPool
 from services.api import CompletionText, RewardGroup
 from services.contract import Outcome, Reference, Task
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.alone, pytest.mark.asyncio(loop_scope="module")]
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 QUICK = Limits(quantum_seconds=0.2, full_seconds=0.4, full_wall_seconds=3, grace_seconds=0.5, slow_wait_seconds=120)

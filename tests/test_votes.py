@@ -28,6 +28,8 @@ from reward_server.workers import Limits, Turn, Verdict, WorkerPool
 from services.api import CompletionText, RewardGroup
 from services.contract import Outcome, Score, Task
 
+pytestmark = pytest.mark.alone
+
 LATE = Score.failed(Outcome.timeout, "late")
 FAILED = "failed"
 

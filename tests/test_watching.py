@@ -30,7 +30,7 @@ from services.logs import JsonLines
 from services.orchestrator.progress import lag
 from services.traces import start
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 PARTS = {"orchestrator", "rollout", "reward", "trainer"}
 SECONDS = 120.0
