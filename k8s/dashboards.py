@@ -138,7 +138,7 @@ SERVICES: list[Panel] = [
     ),
     ("Weight sync, by phase", "s", {mean("rlif_weight_sync_seconds", "service", "phase"): "{{service}} {{phase}}"}),
     ("Call of a server", "s", {quantile(0.95, "rlif_orchestrator_call_seconds", "service"): "{{service}} p95"}),
-    ("Up", "none", {'up{job=~".*(rollout|reward|sandbox|trainer|orchestrator|rlif).*"}': "{{job}} {{instance}}"}),
+    ("Up", "none", {'up{job=~"rlif-.*"}': "{{job}} {{instance}}"}),
 ]
 
 GPU: list[Panel] = [

@@ -29,12 +29,31 @@ def trainer(step: str, at: str) -> dict[str, str]:
     }
 
 
-def down(job: str, step: str = "50x20") -> dict[str, str]:
+def down(job: str, step: str = "50x20", run: str = "a") -> dict[str, str]:
+    of = f'{{job="rlif-trainer",namespace="ml",run="{run}"}}'
     return {
-        f'up{{job="{job}",instance="a"}}': "1 0x19",
-        "rlif_trainer_step": step,
-        "rlif_trainer_planned_steps": "100x20",
+        f"up{of}": "1x90",
+        f'up{{job="{job}",namespace="ml",run="{run}"}}': "1 0x90",
+        f"rlif_trainer_step{of}": step,
+        f"rlif_trainer_planned_steps{of}": "100x20",
     }
+
+
+def vanished(step: str) -> dict[str, str]:
+    """The trainer's pod is gone, and its target with it."""
+    of = '{job="rlif-trainer",namespace="ml",run="a"}'
+    return {
+        f"up{of}": "1x20 _x60",
+        f"rlif_trainer_step{of}": f"{step}x20 _x60",
+        f"rlif_trainer_planned_steps{of}": "100x20 _x60",
+        'up{job="rlif-orchestrator",namespace="ml",run="a"}': "1x80",
+    }
+
+
+def done_beside(job: str) -> dict[str, str]:
+    """Run `a` is down, run `b` is done."""
+    of = '{job="rlif-trainer",namespace="ml",run="b"}'
+    return down(job) | {f"rlif_trainer_step{of}": "100x20", f"rlif_trainer_planned_steps{of}": "100x20"}
 
 
 def scores(failed: str, good: str, skipped: str = "0x30") -> dict[str, str]:
@@ -55,9 +74,9 @@ def reward_and_accuracy(reward: str, accuracy: str) -> dict[str, str]:
 
 
 CASES = {
-    "RlifServiceDown": Case(10, down("reward"), down("trainer")),
+    "RlifServiceDown": Case(10, down("rlif-reward"), down("rlif-trainer")),
     # Silent: the last step that was seen is within the last tenth, the run was done.
-    "RlifRunDown": Case(15, down("orchestrator"), down("orchestrator", "50 95x19")),
+    "RlifRunDown": Case(15, down("rlif-orchestrator"), down("rlif-orchestrator", "50 95x19")),
     "RlifRewardFailures": Case(30, scores("0+2x30", "0+98x30", "0+900x30"), scores("0+1x30", "0+199x30")),
     "RlifVerifierKills": Case(
         20,
@@ -101,6 +120,13 @@ CASES = {
 }
 
 
+MORE = {
+    "another run is done": ("RlifRunDown", Case(15, done_beside("rlif-trainer"), done_beside("somebody-elses"))),
+    "the target is gone": ("RlifRunDown", Case(40, vanished("50"), vanished("96"))),
+    "of somebody else": ("RlifServiceDown", Case(10, down("rlif-rollout"), down("argo-rollouts-metrics"))),
+}
+
+
 def unit_test(alert: str, case: Case, series: dict[str, str], count: int | None) -> dict:
     expected = [] if count is None else [{"labels": "{}", "value": count}]
     query = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
@@ -123,7 +149,7 @@ def test_every_alert_fires_and_is_silent_as_it_should(tmp_path):
     assert set(CASES) == {rule["alert"] for rule in RULES}
     tests = [
         unit_test(alert, case, series, count)
-        for alert, case in CASES.items()
+        for alert, case in [*CASES.items(), *MORE.values()]
         for series, count in ((case.fires, 1), (case.silent, None))
     ]
     done = run_promtool(tmp_path, tests)

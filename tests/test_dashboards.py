@@ -18,7 +18,7 @@ ALERTS = ROOT / "k8s" / "rlif" / "files" / "alerts" / "rlif.yaml"
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
 
-TARGET_LABELS = {"job", "instance", "le"}
+TARGET_LABELS = {"job", "instance", "namespace", "run", "le"}
 DCGM = {  # counters of NVIDIA's DCGM exporter, as it is configured by default
     "DCGM_FI_DEV_GPU_UTIL",
     "DCGM_FI_DEV_FB_USED",

@@ -187,7 +187,9 @@ def prometheus(folder: Path, recipe: dict[str, Any]) -> Iterator[str]:
         "orchestrator": [f"http://127.0.0.1:{metrics_port + 1}"],
     }
     for job in config["scrape_configs"]:
-        job["static_configs"] = [{"targets": [url.removeprefix("http://") for url in places[job["job_name"]]]}]
+        job["static_configs"] = [
+            {"targets": [url.removeprefix("http://") for url in places[job["job_name"].removeprefix("rlif-")]]}
+        ]
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(config))
     with two_free_ports() as port, (folder / "prometheus.log").open("wb") as out:
@@ -229,7 +231,7 @@ def ask_until_seen(url: str, run: Run) -> dict[str, list[dict[str, Any]]]:
 def test_prometheus_sees_all_of_a_run_and_nothing_to_alert_of(watched):
     if watched.answers is None:
         pytest.skip("prometheus is not installed")
-    assert {item["metric"]["job"] for item in watched.answers["up"]} == PARTS
+    assert {item["metric"]["job"] for item in watched.answers["up"]} == {f"rlif-{part}" for part in PARTS}
     assert watched.answers["ALERTS"] == []
     assert {rule["name"] for rule in watched.rules} == {rule["alert"] for rule in RULES}
     assert {rule["health"] for rule in watched.rules} == {"ok"}

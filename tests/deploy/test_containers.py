@@ -164,7 +164,12 @@ def test_prometheus_reads_every_service(stack):
         health = {target["labels"]["job"]: target["health"] for target in targets}
         return health if set(health.values()) == {"up"} else None
 
-    assert set(eventually("every target up", up, 90)) == {"rollout", "reward", "trainer", "orchestrator"}
+    assert set(eventually("every target up", up, 90)) == {
+        "rlif-rollout",
+        "rlif-reward",
+        "rlif-trainer",
+        "rlif-orchestrator",
+    }
     checked = stack.inside("prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
