@@ -261,6 +261,16 @@ def test_scaling_targets_exist_and_leave_replicas_alone():
         assert target["apiVersion"] == reference["apiVersion"] and "replicas" not in target["spec"]
 
 
+def test_another_image_is_another_demo_job():
+    jobs = []
+    for tag in ("0.1.0", "0.1.1"):
+        found = render(merged(read("kind"), {"image": {"tag": tag, "registry": "registry.example/ml/"}}))
+        jobs += [one for one in of_kind(found, "Job") if "-demo-" in one["metadata"]["name"]]
+    assert len({one["metadata"]["name"] for one in jobs}) == 2
+    image = jobs[0]["spec"]["template"]["spec"]["containers"][0]["image"]
+    assert image == "registry.example/ml/rlif-trainer:0.1.0"
+
+
 # ---- bad values ------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -279,6 +289,21 @@ BAD = {
     "autoscaling.by": ({"rollout": {"autoscaling": {"by": "lag"}}}, "rollout/autoscaling/by"),
     "two recipes": ({"recipeFile": "run: {name: a}"}, "recipe, recipeFile"),
     "external redis": ({"redis": {"enabled": False}}, "redis.existingSecret"),
+    "ranks and GPUs": ({"trainer": {"processesPerNode": 8}}, "trainer.processesPerNode"),
+    "nodes and volumes": (
+        {"trainer": {"nodes": 2}, "storage": {"run": {"accessModes": ["ReadWriteOnce"]}}},
+        "storage.run",
+    ),
+    "replicas": (
+        {"reward": {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}},
+        "reward.autoscaling",
+    ),
+    "vllm without GPUs": ({"rollout": {"gpus": 0}}, "rollout.gpus"),
+    "groups of one device": (
+        {"overrides": ["rollout.engine=transformers"], "rollout": {"nodesPerReplica": 2}},
+        "nodesPerReplica",
+    ),
+    "a name without the hub": ({"hub": {"enabled": False}}, "hub.enabled"),
     "keda": ({"rollout": {"autoscaling": {"enabled": True}}}, "rollout.autoscaling.prometheusUrl"),
 }
 

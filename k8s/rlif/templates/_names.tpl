@@ -29,7 +29,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- $registry := hasKey $own "registry" | ternary $own.registry .root.Values.image.registry -}}
 {{- $kind := gt (int (.values.gpus | default 0)) 0 | ternary "-gpu" "" -}}
 {{- $name := $own.repository | default (printf "rlif-%s%s" .part $kind) -}}
-{{- $path := empty $registry | ternary $name (printf "%s/%s" $registry $name) -}}
+{{- $path := empty $registry | ternary $name (printf "%s/%s" (trimSuffix "/" $registry) $name) -}}
 {{- if $own.digest -}}
 {{- printf "%s@%s" $path $own.digest -}}
 {{- else -}}
