@@ -539,6 +539,15 @@ async def test_sigterm_lets_requests_finish(make_recipe, clean, rollouts, reward
     assert status["state"] == "stopping"
 
 
+async def test_sigterm_ends_the_wait_for_redis(make_recipe):
+    nobody = "http://127.0.0.1:9"
+    task = asyncio.create_task(orchestrate(make_recipe(), [nobody], [nobody], "redis://127.0.0.1:9/0"))
+    await asyncio.sleep(0.5)
+    assert not task.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await over(task) == 128 + signal.SIGTERM
+
+
 async def test_the_trainer_says_when_it_is_done(make_recipe, clean, rollouts, reward_server):
     chosen = make_recipe()
     trainer = Trainer(clean.url, chosen.run.name, rollouts)

@@ -89,7 +89,8 @@ def slurm(
     def tell(job: str) -> None:
         for line in plan.table():
             console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"job {job}: {filled.run.dir}/slurm-{job}.log (stop: scancel {job})", highlight=False)
+        stop = f"scancel --batch --signal=USR1 {job}"
+        console.print(f"job {job}: {filled.run.dir}/slurm-{job}.log (stop: {stop})", highlight=False, soft_wrap=True)
 
     raise typer.Exit(submit(sbatch_command, filled.run.dir / "job.sbatch", wait, tell))
 

@@ -107,7 +107,7 @@ def _refuse_gpus(recipe: Recipe) -> None:
 
 def make(recipe: Recipe, nodes: int, gpus_per_node: int) -> Plan:
     """The plan. Raises RecipeError naming the numbers: servers that do not fit, no node left to train on, completions
-    of a step that do not divide among the ranks, `trainer.ranks` that says otherwise."""
+    of a step that are fewer than the ranks, `trainer.ranks` that says otherwise."""
     _refuse_gpus(recipe)
     servers = _servers(recipe, gpus_per_node)
     serving = _pack(servers, gpus_per_node)
@@ -151,14 +151,11 @@ def _check_ranks(recipe: Recipe, plan: Plan) -> None:
             f"trainer.ranks: {trainer.ranks}, but {made_of} make {plan.ranks}; leave it out (the plan fills it in)"
         )
     completions = trainer.groups_per_step * group_size
-    if completions % plan.ranks:
-        servers = len(plan.nodes) - len(plan.trainer_nodes)
-        fits = [n for n in range(1, len(plan.trainer_nodes) * 2 + 1) if not completions % (n * plan.ranks_per_node)]
-        valid = ", ".join(str(servers + count) for count in fits)
-        hint = f"--nodes {valid} would do" if servers and fits else "change trainer.groups_per_step or the GPUs"
+    if completions < plan.ranks:
         raise RecipeError(
             f"trainer.groups_per_step x rollout.group_size: {trainer.groups_per_step} x {group_size} = {completions} "
-            f"completions do not divide among {plan.ranks} ranks ({made_of}); {hint}"
+            f"completions leave some of {plan.ranks} ranks ({made_of}) without any; raise trainer.groups_per_step, or "
+            "give fewer --nodes or --gpus-per-node"
         )
 
 

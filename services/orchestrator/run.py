@@ -69,7 +69,8 @@ async def orchestrate(
     except ValueError as error:
         raise StartupError(str(error)) from error
     try:
-        await wait_for_redis(redis, REDIS_SECONDS)
+        if not await _redis_answers(redis, wake):
+            return 128 + stops[0]
         queue = GroupQueue(redis, recipe.run.name, recipe.queue.max_deliveries)
         watch = Watch(redis, queue, recipe.weights.poll_seconds, tally, wake)
         spec_id = recipe.spec.spec_id if recipe.spec else None
@@ -89,6 +90,19 @@ async def orchestrate(
                 await servers.close()
     finally:
         await redis.aclose()
+
+
+async def _redis_answers(redis: Any, wake: asyncio.Event) -> bool:
+    """Once it does; False when a signal comes first. Raises as `wait_for_redis` does."""
+    answer = asyncio.ensure_future(wait_for_redis(redis, REDIS_SECONDS))
+    signalled = asyncio.ensure_future(wake.wait())
+    await asyncio.wait([answer, signalled], return_when=asyncio.FIRST_COMPLETED)
+    if answer.done():
+        await cancel(signalled)
+        await answer
+        return True
+    await cancel(answer)
+    return False
 
 
 async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
