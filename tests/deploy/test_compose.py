@@ -234,3 +234,11 @@ def test_grafana_finds_prometheus_and_the_dashboards():
     assert provider["options"]["path"] == mounts["./k8s/rlif/files/dashboards"]
     port = SERVICES["prometheus"]["ports"][0].rpartition(":")[2]
     assert source["url"] == f"http://prometheus:{port}" and source["isDefault"] is True
+
+
+def test_the_images_that_ours_start_from_are_the_dockerfiles():
+    text = (ROOT / "docker" / "Dockerfile").read_text()
+    defaults = dict(re.findall(r"^ARG (\w+_IMAGE)=(\S+)$", text, re.MULTILINE))
+    for service in SERVICES.values():
+        if "build" in service:
+            assert service["build"]["args"] == defaults
