@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 NODES_SECONDS = 300.0
 """How long to wait for nodes that are free (an autoscaler may have to start them)."""
+CONNECT_SECONDS = 10.0
 CALL_SECONDS = 60.0
 END_SECONDS = 300.0
 """How long the other nodes may go on after the first has ended: all end together, unless one was killed."""
@@ -63,8 +64,12 @@ class NodeProcess:
 def connect(address: str) -> None:
     """Raises StartupError: there is no cluster."""
     try:
+        host, _, port = address.rpartition(":")
+        if host and port.isdigit() and "://" not in address:
+            # Ray itself goes on trying for many minutes.
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, namespace="rlif", logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StartupError(
             f"--address {address}: no Ray cluster answers ({reason}); start one (`ray start --head`) or name it"

@@ -92,6 +92,10 @@ def script(recipe: Recipe, plan: Plan, job: Job) -> str:
     bad = next((option for option in job.options if not option.startswith("-")), None)
     if bad is not None:
         raise StartupError(f"--sbatch {bad}: write an option of sbatch, as in --sbatch=--qos=high")
+    ours = {line.partition("=")[0] for line in _directives(recipe, plan, Job())} | {"-N", "--ntasks", "-n"}
+    taken = next((option for option in job.options if option.partition("=")[0] in ours), None)
+    if taken is not None:
+        raise StartupError(f"--sbatch {taken}: rlif sets this one itself, by its plan (--nodes, --gpus-per-node)")
     options, command = _command(recipe, job.container)
     srun = [
         "srun", "--label", f"--wait={WAIT_SECONDS}", "--kill-on-bad-exit=0", "--cpu-bind=none", *options, *command,

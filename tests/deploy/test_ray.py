@@ -149,6 +149,7 @@ def test_without_a_cluster_the_command_says_so(tmp_path, tiny_model):
     recipe = write_recipe(tmp_path, tiny_model, steps=1)
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     argv = [*RLIF, "launch", "ray", str(recipe), "--nodes", "2", "--gpus-per-node", "0"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT, env=env)
-    assert done.returncode == 2, done.stderr
-    assert "no Ray cluster answers" in done.stderr.splitlines()[-1]
+    for more in ([], ["--address", "127.0.0.1:9"]):
+        done = subprocess.run([*argv, *more], capture_output=True, text=True, timeout=120, cwd=ROOT, env=env)
+        assert done.returncode == 2, done.stderr
+        assert "no Ray cluster answers" in done.stderr.splitlines()[-1]

@@ -75,7 +75,8 @@ def test_a_container_sees_the_folders_of_the_run(image, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--nodes", "6"], "64 x 14 = 896 completions do not divide among 40 ranks"),
+        (["--nodes", "150"], "64 x 14 = 896 completions leave some of 1192 ranks"),
+        (["--nodes", "5", "--sbatch=--nodes=3"], "--sbatch --nodes=3: rlif sets this one itself"),
         (["--nodes", "5", "--time", "soon"], "--time soon: write minutes"),
         (["--nodes", "5", "--sbatch", "high"], "--sbatch high: write an option of sbatch"),
         (["--nodes", "5", "--setup", "a\nb"], "a line break would end the line"),
