@@ -157,7 +157,9 @@ class Objective(Section):
         if self.dual_clip is not None and self.surrogate != "clip":
             raise ValueError(f"dual_clip: {self.dual_clip} is for surrogate: clip, not {self.surrogate}")
         if self.clip_cov is not None and self.policy_ratio != "token":
-            raise ValueError("clip_cov: chooses single tokens, and policy_ratio: sequence has one ratio for all of them")
+            raise ValueError(
+                "clip_cov: chooses single tokens, and policy_ratio: sequence has one ratio for all of them"
+            )
         return self
 
     @property

@@ -225,7 +225,9 @@ class Trainer(Objective):
     @model_validator(mode="after")
     def can_be_divided(self) -> Self:
         if self.groups_per_step % self.minibatches:
-            raise ValueError(f"minibatches: {self.minibatches} does not divide groups_per_step ({self.groups_per_step})")
+            raise ValueError(
+                f"minibatches: {self.minibatches} does not divide groups_per_step ({self.groups_per_step})"
+            )
         if self.reference.kind == "ema" and self.zero_stage == 3 and self.kl_beta > 0:
             raise ValueError("reference.kind: ema needs whole weights on every rank: zero_stage 0, 1 or 2, or frozen")
         return self

@@ -15,9 +15,10 @@ import pytest
 import torch
 import yaml
 from audit import read_steps, surviving
+from plain_trainer import plain_training
 from prometheus_client import REGISTRY
 from safetensors.torch import load_file
-from scored_groups import make_groups, plain_training
+from scored_groups import make_groups
 
 from services import codec, recipe
 from services.contract import Completion, CompletionScore, Score, Version
@@ -65,6 +66,7 @@ def command(ranks: int, *rest: str) -> list[str]:
 
 # ---- the update ------------------------------------------------------------------------------------------------
 
+SEVERAL = {"minibatches": 3, "epochs_per_batch": 2}
 CASES = {
     "zero 0": {"zero_stage": 0},
     "zero 1": {"zero_stage": 1},
@@ -73,7 +75,18 @@ CASES = {
     "zero 3, checkpointed": {"zero_stage": 3, "gradient_checkpointing": True},
     "one micro-batch": {"zero_stage": 2, "micro_batch_tokens": 100_000},
     "token mean, rollout ratios": {"zero_stage": 2, "aggregation": "token_mean", "old_logprobs": "rollout"},
-    "no importance weight, no clip": {"zero_stage": 1, "importance_cap": None, "grad_clip": 1e6},
+    "no importance weight, no clip": {"zero_stage": 1, "importance": None, "grad_clip": 1e6},
+    "dapo, several updates": {"zero_stage": 0, "algorithm": "dapo", **SEVERAL},
+    "gspo, several updates, zero 3": {"zero_stage": 3, "algorithm": "gspo", **SEVERAL, "kl_beta": 0.1},
+    "reinforce++, offloaded reference": {"zero_stage": 2, "algorithm": "reinforce_pp", "reference": {"offload": True}},
+    "cispo, entropy bonus, offloaded reference, zero 3": {
+        "zero_stage": 3,
+        "algorithm": "cispo",
+        "entropy_bonus": 0.05,
+        "reference": {"offload": True},
+        **SEVERAL,
+    },
+    "rloo, moving reference": {"zero_stage": 1, "algorithm": "rloo", "reference": {"kind": "ema", "decay": 0.5}},
     "bfloat16, zero 1": {"zero_stage": 1, "dtype": "bfloat16"},
     "bfloat16, zero 2": {"zero_stage": 2, "dtype": "bfloat16"},
     "bfloat16, zero 3": {"zero_stage": 3, "dtype": "bfloat16"},
@@ -81,7 +94,7 @@ CASES = {
 
 
 def batches():
-    """Three ordinary steps, one with fewer sequences than ranks, one without any."""
+    """Two ordinary steps, one with fewer sequences than ranks, one without any."""
     ordinary = [make_groups(3, seed=seed) for seed in range(2)]
     first, second = make_groups(2, seed=9, size=3)
     nothing = [score.model_copy(update={"valid": False}) for score in first.scores]

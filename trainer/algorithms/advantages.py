@@ -19,9 +19,7 @@ def whiten(advantages: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return (centred / (deviation + WHITEN_EPS)).astype(np.float32)
 
 
-def clip_cov(
-    logprobs: np.ndarray, advantages: np.ndarray, settings: ClipCov, rng: np.random.Generator
-) -> np.ndarray:
+def clip_cov(logprobs: np.ndarray, advantages: np.ndarray, settings: ClipCov, rng: np.random.Generator) -> np.ndarray:
     """Which tokens get no policy gradient (Cui et al. 2025, arXiv 2505.22617, Clip-Cov) -> bool [T].
 
     `share` of all tokens, at least one, drawn from those whose (logprob - mean) (advantage - mean) lies between `low`

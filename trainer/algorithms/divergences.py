@@ -16,7 +16,7 @@ def k1(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 def k2(logprobs: Tensor, reference: Tensor) -> Tensor:
     """d^2 / 2. Its gradient, -d grad logprob, is that of KL(policy || reference) in the mean."""
-    return bounded(reference - logprobs).square() / 2
+    return (reference - logprobs).square() / 2
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:

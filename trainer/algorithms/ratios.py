@@ -23,8 +23,7 @@ def ratio(logprobs: Tensor, other: Tensor) -> Tensor:
 
 def sequence_sum(values: Tensor, segments: Tensor) -> Tensor:
     """The sum over each token's sequence, at every one of its tokens: [T] -> [T]."""
-    sums = torch.zeros(int(segments[-1]) + 1, dtype=values.dtype, device=values.device)
-    return sums.index_add(0, segments, values)[segments]
+    return torch.zeros_like(values).index_add(0, segments, values)[segments]
 
 
 def policy_ratio(logprobs: Tensor, old: Tensor, segments: Tensor, level: Level) -> Tensor:
@@ -36,9 +35,7 @@ def policy_ratio(logprobs: Tensor, old: Tensor, segments: Tensor, level: Level) 
     return bounded(sequence_sum(logprobs - old, segments) / lengths).exp()
 
 
-def importance_weight(
-    old: Tensor, rollout: Tensor, segments: Tensor, settings: Importance
-) -> tuple[Tensor, Tensor]:
+def importance_weight(old: Tensor, rollout: Tensor, segments: Tensor, settings: Importance) -> tuple[Tensor, Tensor]:
     """exp(old - rollout), of a token or multiplied over its sequence, truncated or masked -> (weight, where it was cut
     or dropped). A constant: it has no gradient."""
     difference = (old - rollout).detach()
