@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from services import traces, trail
+from services.algorithms import contradiction
 from services.contract import Version
 from services.queue import Entry
 from services.recipe import Recipe, RecipeError
@@ -50,6 +51,9 @@ def main(recipe: Recipe, redis_url: str, resume: bool = False) -> int:
     """
     engines.check(recipe)
     _refuse_used_folder(recipe, resume)
+    doubt = "" if recipe.spec is None else contradiction(recipe.trainer.algorithm, recipe.spec.combine)
+    if doubt:
+        log.warning(doubt)
     with join(recipe.trainer) as ranks, ExitStack() as stack:
         waits = Waits()
         if ranks.first and recipe.tracking.metrics_port is not None:
