@@ -17,6 +17,7 @@ from services.contract import ScoredGroup
 from trainer import engine as engines
 from trainer import policy as policies
 from trainer import ranks as rank_groups
+from trainer import reference as references
 from trainer.batch import sequences
 from trainer.step import train_step
 
@@ -28,11 +29,13 @@ def run(case: dict, ranks: rank_groups.Ranks) -> None:
     if case.get("tile_elements"):
         policy.head.tile_rows = case["tile_elements"] // policy.vocab_size
     engine = engines.start(policy, settings, ranks)
-    reference = engines.start_frozen(policies.reference(settings.model), settings, ranks)
+    reference = references.start(settings, ranks)
     results = []
     for step, batch in enumerate(case["batches"]):
         groups = [codec.unpack_as(ScoredGroup, bytes.fromhex(text)) for text in batch]
-        result = train_step(engine, reference, sequences(groups, policy.vocab_size), step, settings.trainer, ranks)
+        result = train_step(
+            engine, reference, sequences(groups, policy.vocab_size), step, settings.trainer, ranks, settings.run.seed
+        )
         results.append(dataclasses.asdict(result))
     weights = dict(policies.tensors(policy, partitioned=settings.trainer.zero_stage == 3))
     if ranks.first:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.algorithms import Aggregation
 from services.contract import Completion, CompletionScore, ScoredGroup
-from trainer.loss import Aggregation, token_weights
+from trainer.loss import token_weights
 
 PAD = 0
 """Any id of the vocabulary will do: padding stands to the right, where causal attention never looks back at it."""
@@ -21,7 +22,8 @@ class Sequences:
     """The completions of one step that are trained on, one after the other, as flat arrays.
 
     `tokens` int32 [sum of prompt + completion lengths], `prompts` and `completions` int32 [N] (lengths), `logprobs`
-    float32 [sum of completion lengths] (the behaviour policy's), `advantages` and `temperatures` float32 [N].
+    float32 [sum of completion lengths] (the behaviour policy's), `advantages` and `temperatures` float32 [N], `groups`
+    int32 [N] (which of the step's groups, from 0).
     """
 
     tokens: np.ndarray
@@ -30,6 +32,7 @@ class Sequences:
     logprobs: np.ndarray
     advantages: np.ndarray
     temperatures: np.ndarray
+    groups: np.ndarray
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -38,6 +41,22 @@ class Sequences:
     def lengths(self) -> np.ndarray:
         """Prompt and completion together, [N]."""
         return self.prompts + self.completions
+
+    def take(self, indices: np.ndarray) -> "Sequences":
+        """The sequences at `indices`, in that order."""
+        return Sequences(
+            tokens=self.tokens[_spans(_starts(self.lengths)[indices], self.lengths[indices])],
+            prompts=self.prompts[indices],
+            completions=self.completions[indices],
+            logprobs=self.logprobs[self.completion_tokens(indices)],
+            advantages=self.advantages[indices],
+            temperatures=self.temperatures[indices],
+            groups=self.groups[indices],
+        )
+
+    def completion_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """Where the completion tokens of the sequences at `indices` stand in arrays like `logprobs`."""
+        return _spans(_starts(self.completions)[indices], self.completions[indices])
 
     def pack(self) -> bytes:
         """Raw little-endian arrays in msgpack: what rank 0 sends the other ranks."""
@@ -60,9 +79,9 @@ def sequences(groups: Sequence[ScoredGroup], vocab_size: int) -> Sequences:
     Raises ValueError, naming the group, for token ids outside the vocabulary and for greedily sampled completions.
     """
     tokens: list[list[int]] = []
-    prompts, completions, advantages, temperatures = [], [], [], []
+    prompts, completions, advantages, temperatures, numbers = [], [], [], [], []
     logprobs: list[list[float]] = []
-    for group in groups:
+    for number, group in enumerate(groups):
         for completion, score in zip(group.completions, group.scores, strict=True):
             if not trained(completion, score):
                 continue
@@ -80,6 +99,7 @@ def sequences(groups: Sequence[ScoredGroup], vocab_size: int) -> Sequences:
             logprobs.append(completion.logprobs)
             advantages.append(score.advantage)
             temperatures.append(group.sampling.temperature)
+            numbers.append(number)
     return Sequences(
         tokens=_flat(tokens, "<i4"),
         prompts=np.asarray(prompts, "<i4"),
@@ -87,6 +107,7 @@ def sequences(groups: Sequence[ScoredGroup], vocab_size: int) -> Sequences:
         logprobs=_flat(logprobs, "<f4"),
         advantages=np.asarray(advantages, "<f4"),
         temperatures=np.asarray(temperatures, "<f4"),
+        groups=np.asarray(numbers, "<i4"),
     )
 
 
@@ -120,13 +141,14 @@ class MicroBatch:
     """One forward. R rows padded on the right to W tokens, T completion tokens in all.
 
     `input_ids` int64 [R, W]; `positions` int64 [T], into the flattened R*W rows: where the logits that produced a token
-    stand (one before it); `targets` int64 [T]; `rollout`, `advantages`, `temperatures`, `weights` float32 [T]. A weight
-    is 0 only for the filler of an empty micro-batch.
+    stand (one before it); `targets` int64 [T]; `segments` int64 [T], the row of a token's sequence; `rollout`,
+    `advantages`, `temperatures`, `weights` float32 [T]. A weight is 0 only for the filler of an empty micro-batch.
     """
 
     input_ids: Tensor
     positions: Tensor
     targets: Tensor
+    segments: Tensor
     rollout: Tensor
     advantages: Tensor
     temperatures: Tensor
@@ -136,13 +158,16 @@ class MicroBatch:
         return MicroBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
-def micro_batch(batch: Sequences, indices: np.ndarray, aggregation: Aggregation) -> MicroBatch:
-    """The sequences at `indices` as tensors, on the CPU. Without indices: one two-token row of weight 0."""
+def micro_batch(
+    batch: Sequences, indices: np.ndarray, aggregation: Aggregation, constant: int | None = None
+) -> MicroBatch:
+    """The sequences at `indices` as tensors, on the CPU, with the weights they have in the whole of `batch`. Without
+    indices: one two-token row of weight 0."""
     if len(indices) == 0:
         none = torch.zeros(1)
         at = torch.zeros(1, dtype=torch.long)
-        return MicroBatch(torch.full((1, 2), PAD), at, torch.full((1,), PAD), none, none, none + 1, none)
-    weights = token_weights(batch.completions, aggregation)[indices]
+        return MicroBatch(torch.full((1, 2), PAD), at, torch.full((1,), PAD), at, none, none, none + 1, none)
+    weights = token_weights(batch.completions, aggregation, constant)[indices]
     prompts, completions, lengths = batch.prompts[indices], batch.completions[indices], batch.lengths[indices]
     width = int(lengths.max())
     row_starts = np.arange(len(indices)) * width
@@ -154,7 +179,8 @@ def micro_batch(batch: Sequences, indices: np.ndarray, aggregation: Aggregation)
         input_ids=torch.from_numpy(ids.reshape(len(indices), width)),
         positions=torch.from_numpy(_spans(first - 1, completions)),
         targets=torch.from_numpy(ids[_spans(first, completions)]),
-        rollout=torch.from_numpy(batch.logprobs[_spans(_starts(batch.completions)[indices], completions)]),
+        segments=torch.from_numpy(np.repeat(np.arange(len(indices)), completions)),
+        rollout=torch.from_numpy(batch.logprobs[batch.completion_tokens(indices)]),
         advantages=torch.from_numpy(np.repeat(batch.advantages[indices], completions)),
         temperatures=torch.from_numpy(np.repeat(batch.temperatures[indices], completions)),
         weights=torch.from_numpy(np.repeat(weights, completions).astype(np.float32)),

@@ -49,7 +49,7 @@ def config(recipe: Recipe, parameters: int, cuda: bool) -> dict[str, Any]:
 
 
 def learning_rate(step: int, settings: Trainer) -> float:
-    """For optimizer step `step` (from 0): linear warm-up, then the schedule down to 0 at `settings.steps`.
+    """For all updates of step `step` (from 0): linear warm-up, then the schedule down to 0 at `settings.steps`.
 
     The warm-up's first step already moves: with W warm-up steps, step k < W has (k + 1) / (W + 1) of the rate.
     """
@@ -90,7 +90,10 @@ def start_frozen(policy: Policy, recipe: Recipe, ranks: Ranks) -> nn.Module:
     if recipe.trainer.zero_stage < 3:
         return policy.to(ranks.device)
     _share_head(policy, recipe)
-    settings = config(recipe, sum(p.numel() for p in policy.parameters()), ranks.device.type == "cuda")
+    cuda = ranks.device.type == "cuda"
+    settings = config(recipe, sum(p.numel() for p in policy.parameters()), cuda)
+    if recipe.trainer.reference.offload:
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     engine, *_ = _deepspeed().initialize(model=policy, config=settings)
     engine.eval()
     return engine

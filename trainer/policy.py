@@ -53,8 +53,7 @@ def _tile(
     logits = F.linear(hidden, weight, bias).float() / temperatures[:, None]
     normaliser = logits.logsumexp(-1)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    with torch.no_grad():
-        entropies = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
+    entropies = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
     return logprobs, entropies
 
 
@@ -63,7 +62,7 @@ class Policy(nn.Module):
 
     Rows are padded on the right, and no attention mask is needed. `positions` index the flattened R*W hidden states and
     name those that produced `targets`. Logits are divided by the temperature first, as they were for sampling; both
-    results, in nats, are of that distribution. Entropies carry no gradient.
+    results, in nats, are of that distribution. Both carry a gradient.
     """
 
     def __init__(self, model: "PreTrainedModel", tile_elements: int = TILE_ELEMENTS) -> None:
