@@ -5,57 +5,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from services.model_folder import attention_for
 from services.recipe import Model, RecipeError
+from trainer.head import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TILE_ELEMENTS = 2**26
-"""Logits held at a time: 256 MiB in float32."""
-
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Configuration keys of models whose logits are not the plain product of hidden state and LM head."""
-
-
-class Head(nn.Module):
-    """Hidden states -> logprob and entropy per token, tile by tile through the LM head of `vocab_size` rows."""
-
-    def __init__(self, linear: nn.Linear, vocab_size: int, tile_elements: int = TILE_ELEMENTS) -> None:
-        super().__init__()
-        # In a list, so that the layer stays a child of the language model alone.
-        self.linear = [linear]
-        self.vocab_size = vocab_size
-        self.tile_rows = max(1, tile_elements // vocab_size)
-
-    def forward(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        linear = self.linear[0]
-        weight = linear.weight[: self.vocab_size]
-        bias = None if linear.bias is None else linear.bias[: self.vocab_size]
-        if len(hidden) <= self.tile_rows:
-            return _tile(hidden, weight, bias, targets, temperatures)
-        tiles = [
-            # Recomputed in the backward pass, so that only one tile of logits exists at any time.
-            checkpoint(_tile, h, weight, bias, y, t, use_reentrant=False, preserve_rng_state=False)
-            for h, y, t in zip(*(x.split(self.tile_rows) for x in (hidden, targets, temperatures)), strict=True)
-        ]
-        logprobs, entropies = zip(*tiles, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
-
-
-def _tile(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperatures: Tensor
-) -> tuple[Tensor, Tensor]:
-    logits = F.linear(hidden, weight, bias).float() / temperatures[:, None]
-    normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    with torch.no_grad():
-        entropies = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-    return logprobs, entropies
 
 
 class Policy(nn.Module):
@@ -63,10 +23,10 @@ class Policy(nn.Module):
 
     Rows are padded on the right, and no attention mask is needed. `positions` index the flattened R*W hidden states and
     name those that produced `targets`. Logits are divided by the temperature first, as they were for sampling; both
-    results, in nats, are of that distribution. Entropies carry no gradient.
+    results, in nats and with gradients, are of that distribution.
     """
 
-    def __init__(self, model: "PreTrainedModel", tile_elements: int = TILE_ELEMENTS) -> None:
+    def __init__(self, model: "PreTrainedModel", tile_elements: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.vocab_size: int = model.config.vocab_size
