@@ -29,11 +29,11 @@ def test_logprobs_and_entropies_equal_the_full_logits(folder, tile_elements, tem
     policy = policies.load(Model(path=str(folder), dtype="float32"))
     policy.head.tile_elements = tile_elements
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-    (share,) = deal(batch.lengths, 1, 60)
+    (share,) = deal(batch, 1, 60)
     pairs = list(trained_pairs(groups))
     for indices in share:
         micro = micro_batch(batch, indices, "per_sequence")
-        logprobs, entropies = policy(micro.input_ids, micro.positions, micro.targets, micro.temperatures)
+        logprobs, entropies = policy(micro.packed, micro.positions, micro.targets, micro.temperatures)
         expected = [
             token_logprobs(plain, pairs[i][0].prompt_token_ids, pairs[i][1].token_ids, temperature) for i in indices
         ]
@@ -49,12 +49,12 @@ def test_logprobs_and_entropies_equal_the_full_logits(folder, tile_elements, tem
 
 def test_tiles_do_not_change_the_gradient(tiny_model):
     batch = sequences(make_groups(2, seed=1), 288)
-    micro = micro_batch(batch, deal(batch.lengths, 1, 10_000)[0][0], "per_sequence")
+    micro = micro_batch(batch, deal(batch, 1, 10_000)[0][0], "per_sequence")
     grads = []
     for tile_elements in (300, 10_000_000):
         policy = policies.load(Model(path=str(tiny_model), dtype="float32"))
         policy.head.tile_elements = tile_elements
-        logprobs, _ = policy(micro.input_ids, micro.positions, micro.targets, micro.temperatures)
+        logprobs, _ = policy(micro.packed, micro.positions, micro.targets, micro.temperatures)
         (logprobs * micro.weights).sum().backward()
         grads.append({name: p.grad for name, p in policy.named_parameters()})
     for name in grads[0]:

@@ -104,9 +104,7 @@ class _Head(torch.autograd.Function):
         return of_hidden, of_weight, of_bias, None, None, None, None
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Tensor, start: int, stop: int
-) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Tensor, start: int, stop: int) -> Tensor:
     """float32 [T, stop - start], a tensor of its own."""
     dtype = _product_dtype(hidden)
     part = None if bias is None else bias[start:stop].to(dtype)

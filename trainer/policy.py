@@ -1,5 +1,6 @@
 """The policy: a causal language model that returns the logprobs of given tokens, never the logits of a whole batch."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -9,34 +10,46 @@ from torch import Tensor, nn
 
 from services.model_folder import attention_for
 from services.recipe import Model, RecipeError
+from trainer import packing
 from trainer.head import Head
+from trainer.packing import Packed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+PACKED = {"sdpa": packing.SDPA, "flash_attention_2": packing.FLASH}
 
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Configuration keys of models whose logits are not the plain product of hidden state and LM head."""
 
 
 class Policy(nn.Module):
-    """`forward(input_ids [R, W], positions [T], targets [T], temperatures [T])` -> float32 (logprobs, entropies) [T].
+    """`forward(packed, positions [T], targets [T], temperatures [T])` -> float32 (logprobs, entropies) [T].
 
-    Rows are padded on the right, and no attention mask is needed. `positions` index the flattened R*W hidden states and
-    name those that produced `targets`. Logits are divided by the temperature first, as they were for sampling; both
-    results, in nats and with gradients, are of that distribution.
+    `positions` index the row's L hidden states and name those that produced `targets`. Logits are divided by the
+    temperature first, as they were for sampling; both results, in nats and with gradients, are of that distribution.
+    A model that cannot take packed rows is given padded ones.
     """
 
     def __init__(self, model: "PreTrainedModel", tile_elements: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.vocab_size: int = model.config.vocab_size
+        self.packs = model.config._attn_implementation in (packing.SDPA, packing.FLASH)
         self.head = Head(cast(nn.Linear, model.get_output_embeddings()), self.vocab_size, tile_elements)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, temperatures: Tensor
+        self, packed: Packed, positions: Tensor, targets: Tensor, temperatures: Tensor
     ) -> tuple[Tensor, Tensor]:
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.head(hidden.flatten(0, 1)[positions], targets, temperatures)
+        if self.packs:
+            inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "packed": packed}
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        else:
+            # Padding stands to the right, where causal attention never looks back at it: no mask is needed.
+            rows, places = packed.rows()
+            hidden = self.model.base_model(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
+            positions = places[positions]
+        return self.head(hidden[positions], targets, temperatures)
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
@@ -65,7 +78,7 @@ def load(settings: Model, gradient_checkpointing: bool = False) -> Policy:
             settings.path,
             config=config,
             dtype=getattr(torch, settings.dtype),
-            attn_implementation=attention_for(config, settings.attn_implementation),
+            attn_implementation=_attention(config, settings),
             **where,
         )
     except (OSError, ValueError) as error:
@@ -75,6 +88,18 @@ def load(settings: Model, gradient_checkpointing: bool = False) -> Policy:
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model.train())
+
+
+def _attention(config: "PreTrainedConfig", settings: Model) -> str:
+    """The packed form of what the recipe asks for, where the model can; plain attention over padded rows otherwise."""
+    wanted = attention_for(config, settings.attn_implementation)
+    packs = packing.fits(config.model_type, getattr(config, "layer_types", None)) and not settings.trust_remote_code
+    if not packs or wanted not in PACKED:
+        return wanted
+    if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise RecipeError("model.attn_implementation: flash_attention_2 needs the package flash-attn; use sdpa")
+    packing.register()
+    return PACKED[wanted]
 
 
 def reference(settings: Model) -> Policy:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from services.recipe import Trainer
 from trainer import engine as engines
-from trainer.batch import MicroBatch, Sequences, deal, micro_batch
+from trainer.batch import MicroBatch, Sequences, budget, deal, micro_batch
 from trainer.loss import Terms, ratio, token_losses
 from trainer.ranks import Ranks
 
@@ -40,11 +40,11 @@ class StepResult:
     completion_tokens: int
     completions: int
     micro_batches: int
-    padding: float
+    forwarded: float
     seconds: dict[str, float]
 
 
-SUMS = ("tokens", "loss", "kl", "entropy", "clipped", "ratio", "importance", "truncated", "gap", "padded")
+SUMS = ("tokens", "loss", "kl", "entropy", "clipped", "ratio", "importance", "truncated", "gap", "forwarded")
 MAXIMA = ("ratio", "gap")
 
 
@@ -58,7 +58,7 @@ def train_step(
     Raises NotFinite; the weights may be spoilt then.
     """
     started = time.perf_counter()
-    plan = deal(batch.lengths, ranks.size, settings.micro_batch_tokens)[ranks.rank]
+    plan = deal(batch, ranks.size, budget(settings.micro_batch_tokens, ranks.device))[ranks.rank]
     micro_batches = [micro_batch(batch, indices, settings.aggregation) for indices in plan]
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
     maxima = torch.zeros(len(MAXIMA), dtype=torch.float64, device=ranks.device)
@@ -69,7 +69,7 @@ def train_step(
     for number, micro in enumerate(micro_batches):
         micro = micro.to(ranks.device)
         engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
-        logprobs, entropies = engine(micro.input_ids, micro.positions, micro.targets, micro.temperatures)
+        logprobs, entropies = engine(micro.packed, micro.positions, micro.targets, micro.temperatures)
         terms = token_losses(
             logprobs,
             micro.rollout,
@@ -118,7 +118,7 @@ def train_step(
         completion_tokens=int(batch.completions.sum()),
         completions=len(batch),
         micro_batches=len(micro_batches),
-        padding=1 - tokens / max(total["padded"], 1.0),
+        forwarded=total["forwarded"] / max(tokens, 1),
         seconds={"pack": packed - started, "compute": computed - packed, "optimizer": stepped - computed},
     )
 
@@ -127,7 +127,7 @@ def train_step(
 def _reference_logprobs(reference: nn.Module | None, micro: MicroBatch) -> Tensor | None:
     if reference is None:
         return None
-    return reference(micro.input_ids, micro.positions, micro.targets, micro.temperatures)[0]
+    return reference(micro.packed, micro.positions, micro.targets, micro.temperatures)[0]
 
 
 @torch.no_grad()
@@ -137,8 +137,8 @@ def _measure(
     real = (micro.weights > 0).double()
     ratios, gaps = ratio(logprobs, micro.rollout) * real, (logprobs - micro.rollout).abs() * real
     loss = micro.weights.double() * terms.loss.detach()
-    padded = real.max() * micro.input_ids.numel()
+    forwarded = real.max() * len(micro.packed)
     columns = (terms.kl * real, entropies * real, terms.clipped * real, ratios)
     more = (terms.importance * real, terms.truncated * real, gaps)
-    sums += torch.stack([real.sum(), loss.sum(), *(x.sum() for x in columns), *(x.sum() for x in more), padded])
+    sums += torch.stack([real.sum(), loss.sum(), *(x.sum() for x in columns), *(x.sum() for x in more), forwarded])
     maxima.copy_(torch.maximum(maxima, torch.stack([ratios.max(), gaps.max()])))
