@@ -46,14 +46,25 @@ class Run(Section):
     deterministic: bool = False
 
 
+class Lora(Section):
+    """Low-rank adapters of `rank` on the layers that `targets` name; their product counts `alpha` / `rank` times."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(32, gt=0)
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+
+
 class Model(Section):
-    """A Hugging Face name or a local folder."""
+    """A Hugging Face name or a local folder. With `lora` only adapters are trained (none: all weights)."""
 
     path: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     trust_remote_code: bool = False
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora: Lora | None = None
 
 
 class Fields(Section):
@@ -199,8 +210,17 @@ class Checkpoints(Section):
     keep: int = Field(3, ge=1)
 
 
+class Offload(Section):
+    """What a GPU's rank keeps in the CPU's memory, by DeepSpeed: the `optimizer`'s states, and its step (zero_stage 1,
+    2 or 3); the `parameters`, fetched layer by layer (zero_stage 3)."""
+
+    optimizer: bool = False
+    parameters: bool = False
+
+
 class Trainer(Section):
-    """`groups_per_step` prompts make one optimizer step. `micro_batch_tokens` bounds the padded tokens of one forward.
+    """`groups_per_step` prompts make one optimizer step. `micro_batch_tokens` bounds the tokens of one forward, where a
+    prompt that several completions share counts once (on a CPU it is at most 4096).
 
     `kl_beta` weighs k3-KL to the frozen reference policy (0: no reference is loaded). `importance_cap` truncates the
     rollout/trainer importance weight (none: no correction). `old_logprobs`: the clipped ratio is taken against
@@ -227,6 +247,7 @@ class Trainer(Section):
     importance_cap: float | None = Field(2.0, gt=0)
     micro_batch_tokens: int = Field(16384, ge=1)
     gradient_checkpointing: bool = False
+    offload: Offload = Offload()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: Gpus = None
     threads: int | None = Field(None, ge=1)

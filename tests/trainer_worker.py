@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from services import codec, recipe
 from services.contract import ScoredGroup
+from trainer import checkpoint
 from trainer import engine as engines
 from trainer import policy as policies
 from trainer import ranks as rank_groups
@@ -28,18 +29,20 @@ def run(case: dict, ranks: rank_groups.Ranks) -> None:
     if case.get("tile_elements"):
         policy.head.tile_elements = case["tile_elements"]
     engine = engines.start(policy, settings, ranks)
-    reference = engines.start_frozen(policies.reference(settings.model), settings, ranks)
+    reference = engines.start_reference(engine, settings, ranks)
     results = []
     for step, batch in enumerate(case["batches"]):
         groups = [codec.unpack_as(ScoredGroup, bytes.fromhex(text)) for text in batch]
         result = train_step(engine, reference, sequences(groups, policy.vocab_size), step, settings.trainer, ranks)
         results.append(dataclasses.asdict(result))
-    weights = dict(policies.tensors(policy, partitioned=settings.trainer.zero_stage == 3))
+    weights = dict(policies.tensors(policy, partitioned=settings.trainer.zero_stage == 3, adapters=settings.model.lora))
     if ranks.first:
         out = Path(case["out"])
         out.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights.safetensors")
         (out / "results.json").write_text(json.dumps(results))
+    if case.get("checkpoint"):
+        checkpoint.save(engine, Path(case["checkpoint"]), checkpoint.Progress(len(results)), settings, ranks)
     engine.destroy()
 
 

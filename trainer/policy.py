@@ -3,14 +3,14 @@
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from services.model_folder import attention_for
-from services.recipe import Model, RecipeError
-from trainer import packing
+from services.recipe import Lora, Model, RecipeError
+from trainer import lora, packing
 from trainer.head import Head
 from trainer.packing import Packed
 
@@ -87,6 +87,8 @@ def load(settings: Model, gradient_checkpointing: bool = False) -> Policy:
         raise RecipeError(f"model.path: cannot load {settings.path!r}: {error}") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.lora is not None:
+        lora.attach(model, settings.lora)
     return Policy(model.train())
 
 
@@ -104,7 +106,20 @@ def _attention(config: "PreTrainedConfig", settings: Model) -> str:
 
 def reference(settings: Model) -> Policy:
     """The frozen base model that the KL term is taken to."""
-    return load(settings).requires_grad_(False).eval()
+    return load(settings.model_copy(update={"lora": None})).requires_grad_(False).eval()
+
+
+class WithoutAdapters(nn.Module):
+    """Called like the policy, and is the base model that its adapters stand on: it needs no memory of its own."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        # In a list: the weights belong to the policy.
+        self.policy = [policy]
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with lora.disabled(self.policy[0]):
+            return self.policy[0](*inputs)
 
 
 def save_files(settings: Model, directory: Path) -> None:
@@ -123,24 +138,32 @@ def save_files(settings: Model, directory: Path) -> None:
         pass
 
 
-def tensors(policy: Policy, partitioned: bool) -> Iterator[tuple[str, Tensor]]:
-    """Every weight once, under its Hugging Face name, whole, on the CPU; tied weights under the first of their names.
+def tensors(policy: Policy, partitioned: bool, adapters: Lora | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight once, under its Hugging Face name, whole, on the CPU; tied weights under the first of their names,
+    `adapters` merged into theirs.
 
     `partitioned` (ZeRO stage 3): each tensor is gathered when its turn comes, so every rank must run the whole
     iteration.
     """
     model = policy.model
-    for name, parameter in model.named_parameters():
-        if partitioned:
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
-                # A copy of its own: the gathered buffer is partitioned again when this block ends.
-                whole = parameter.detach().to("cpu", copy=True)
-            yield name, whole
-        else:
-            yield name, parameter.detach().cpu()
+    parameters = dict(model.named_parameters())
+    for name in parameters:
+        own, parts = lora.plain(name), lora.family(name)
+        if own is None:
+            continue
+        whole = _whole([parameters[part] for part in parts or (name,)], partitioned)
+        yield own, whole[0] if parts is None or adapters is None else lora.merged(*whole, adapters)
     persistent = model.state_dict(keep_vars=True).keys()
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield name, buffer.detach().cpu()
+
+
+def _whole(parameters: list[nn.Parameter], partitioned: bool) -> list[Tensor]:
+    if not partitioned:
+        return [parameter.detach().cpu() for parameter in parameters]
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        # Copies: the gathered buffers are partitioned again when this block ends.
+        return [parameter.detach().to("cpu", copy=True) for parameter in parameters]

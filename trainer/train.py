@@ -64,7 +64,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
     _seed(recipe)
     trained = policy.load(recipe.model, trainer.gradient_checkpointing)
     engine = engines.start(trained, recipe, ranks)
-    reference = engines.start_frozen(policy.reference(recipe.model), recipe, ranks) if trainer.kl_beta > 0 else None
+    reference = engines.start_reference(engine, recipe, ranks)
     progress = _restore(engine, recipe, resume, ranks, feed)
     start = progress.step
     waits.over("model")
@@ -74,7 +74,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
         policy.save_files(recipe.model, files)
         publisher = Publisher(connect_sync(redis_url), recipe.run.name, recipe.weights_dir, recipe.weights.keep)
         records = metrics.StepLog(run_dir, trainer.steps, start, recipe.tracking.tensorboard)
-    seconds = {"publish": _publish(publisher, trained, progress, files, trainer.zero_stage == 3)}
+    seconds = {"publish": _publish(publisher, trained, progress, files, recipe)}
 
     durable = progress.step
     while progress.step < trainer.steps:
@@ -89,7 +89,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
             result = train_step(engine, reference, batch, progress.step, trainer, ranks)
             progress.step += 1
             progress.unacknowledged += [entry.entry_id for entry in entries]
-            seconds["publish"] = _publish(publisher, trained, progress, files, trainer.zero_stage == 3)
+            seconds["publish"] = _publish(publisher, trained, progress, files, recipe)
         if feed is not None and records is not None:
             _note(feed, records, progress, start, entries, result, seconds)
         seconds = {}
@@ -178,16 +178,17 @@ def _next_batch(
 
 
 def _publish(
-    publisher: Publisher | None, trained: policy.Policy, progress: Progress, files: Path, gather: bool
+    publisher: Publisher | None, trained: policy.Policy, progress: Progress, files: Path, recipe: Recipe
 ) -> float:
     """Seconds it took. With partitioned weights every rank takes part in gathering them."""
     began = time.perf_counter()
+    gather, adapters = recipe.trainer.zero_stage == 3, recipe.model.lora
     if publisher is not None:
         version = Version(lineage=progress.lineage, version=progress.step)
         with traces.span("publish weights", weight_version=str(version)):
-            publisher.publish(version, policy.tensors(trained, gather), files)
+            publisher.publish(version, policy.tensors(trained, gather, adapters), files)
     elif gather:
-        for _ in policy.tensors(trained, gather):
+        for _ in policy.tensors(trained, gather, adapters):
             pass
     return time.perf_counter() - began
 
