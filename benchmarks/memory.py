@@ -117,11 +117,8 @@ def main() -> None:
         make_model(folder)
         for case in CASES:
             estimated, measured = compare(folder, case)
-            ratio = estimated / measured
-            print(
-                f"  {case:<34} estimated {estimated / 2**20:6.0f} MiB, held {measured / 2**20:6.0f} MiB   {ratio:4.2f}",
-                flush=True,
-            )
+            sizes = f"estimated {estimated / 2**20:6.0f} MiB, held {measured / 2**20:6.0f} MiB"
+            print(f"  {case:<34} {sizes}   {estimated / measured:4.2f}", flush=True)
 
 
 if __name__ == "__main__":
