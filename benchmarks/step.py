@@ -1,10 +1,13 @@
 """One rlif step against one step of TRL's GRPOTrainer: same model, prompts, group size, lengths, threads; CPU.
 
-    python benchmarks/step.py            # needs the extra `bench` (TRL 1.16); alone on the machine
+    python benchmarks/step.py                        # needs the extra `bench` (TRL 1.16); alone on the machine
+    python benchmarks/step.py --prompt-tokens 256    # prompts as long as a few examples make them
 
-Each arm runs in processes of its own, one after the other. A step is everything from sampling to updated weights;
-rlif's also scores self-certainty with a model of its own and carries groups over HTTP and redis, TRL's gets a
-constant-time reward. Reported: median seconds of a step after the first `--warmup` ones.
+Each arm runs in processes of its own; rounds of all arms follow each other, so that what else the machine does falls on
+all of them. A step is everything from sampling to updated weights. rlif carries groups over HTTP and redis and
+publishes its weights; with `length` it does no more than TRL does, whose reward is the text's length too; with
+self-certainty it also scores with a model of its own. Reported: median seconds of a step after the first `--warmup`
+ones, over all rounds, its phases, and the tokens generated in a step, which must agree.
 """
 
 import argparse
@@ -19,20 +22,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 PROMPTS, GROUP, TOKENS = 8, 8, 64
+ARMS = {
+    "TRL GRPOTrainer": None,
+    "rlif, length, on-policy": {"rewards": "length", "staleness": 0},
+    "rlif, self-certainty, on-policy": {"rewards": "self_certainty", "staleness": 0},
+    "rlif, self-certainty, max_staleness 1": {"rewards": "self_certainty", "staleness": 1},
+}
+Steps = list[dict[str, float]]
+"""Of each step: seconds by phase, `total`, and `tokens` generated."""
 
 
-def make_inputs(folder: Path) -> None:
+def make_inputs(folder: Path, prompt_tokens: int) -> None:
     """A random Qwen2 of about 3M parameters that hardly ever samples EOS, and prompts of equal length."""
     from tiny import make_tiny_model
 
     make_tiny_model(folder / "model", hidden=256, layers=4, scale=1.0)
-    rows = [{"prompt": f"say the number {number:04d}", "id": str(number)} for number in range(512)]
+    texts = [f"say the number {number:04d}".rjust(prompt_tokens, ".") for number in range(512)]
+    rows = [{"prompt": text, "id": str(number)} for number, text in enumerate(texts)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def rlif_recipe(folder: Path, steps: int, staleness: int, threads: int) -> dict:
+def rlif_recipe(folder: Path, run: Path, steps: int, threads: int, rewards: str, staleness: int) -> dict:
     return {
-        "run": {"name": "bench", "dir": str(folder / f"rlif-{staleness}"), "seed": 0},
+        "run": {"name": "bench", "dir": str(run), "seed": 0},
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {"path": str(folder / "prompts.jsonl"), "fields": {"prompt": "prompt", "id": "id"}},
         "rollout": {
@@ -41,7 +53,7 @@ def rlif_recipe(folder: Path, steps: int, staleness: int, threads: int) -> dict:
             "sampling": {"max_tokens": TOKENS},
             "threads": threads,
         },
-        "rewards": "self_certainty",
+        "rewards": rewards,
         "scorer": {"threads": threads, "verifier_workers": 1},
         "pacing": {"max_staleness": staleness},
         "trainer": {
@@ -56,15 +68,16 @@ def rlif_recipe(folder: Path, steps: int, staleness: int, threads: int) -> dict:
     }
 
 
-def run_rlif(folder: Path, steps: int, staleness: int, threads: int) -> list[float]:
+def run_rlif(folder: Path, number: int, steps: int, threads: int, arm: dict) -> Steps:
     import yaml
 
-    path = folder / f"rlif-{staleness}.yaml"
-    path.write_text(yaml.safe_dump(rlif_recipe(folder, steps, staleness, threads)))
+    run = folder / f"rlif-{arm['rewards']}-{arm['staleness']}-{number}"
+    path = run.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(rlif_recipe(folder, run, steps, threads, **arm)))
     command = [sys.executable, "-m", "services.cli.main", "up", str(path)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (folder / f"rlif-{staleness}" / "steps.jsonl").read_text().splitlines()]
-    return [record["seconds"]["total"] for record in records[1:]]
+    records = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    return [{**record["seconds"], "tokens": record["completion_tokens"]} for record in records[1:]]
 
 
 TRL_ARM = """
@@ -80,11 +93,29 @@ torch.set_num_threads(threads)
 model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(folder / "model")
 rows = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
-times = []
+done, phases, last = [], {}, time.perf_counter()
+
+def timed(owner, name, phase):
+    call = getattr(owner, name)
+    def measured(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            phases[phase] = phases.get(phase, 0) + time.perf_counter() - start
+    setattr(owner, name, measured)
 
 class Clock(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
-        times.append(time.perf_counter())
+        global last
+        now = time.perf_counter()
+        done.append({**phases, "total": now - last})
+        last = now
+        phases.clear()
+
+def reward(completion_ids, completions, **_):
+    phases["tokens"] = sum(map(len, completion_ids))
+    return [float(len(text)) for text in completions]
 
 config = GRPOConfig(
     output_dir=str(folder / "trl"), use_cpu=True, bf16=False, per_device_train_batch_size=prompts * group,
@@ -92,41 +123,60 @@ config = GRPOConfig(
     temperature=1.0, top_k=0, loss_type="grpo", report_to=[], save_strategy="no",
     logging_strategy="no", disable_tqdm=True,
 )
-GRPOTrainer(
-    model=model, processing_class=tokenizer, args=config, callbacks=[Clock()],
-    reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+trainer = GRPOTrainer(
+    model=model, processing_class=tokenizer, args=config, callbacks=[Clock()], reward_funcs=reward,
     train_dataset=Dataset.from_dict({"prompt": rows}),
-).train()
-print(json.dumps([later - earlier for earlier, later in zip(times, times[1:])]))
+)
+timed(trainer, "_generate", "generate")
+timed(trainer, "compute_loss", "forward")
+timed(trainer.accelerator, "backward", "backward")
+trainer.train()
+print(json.dumps(done[1:]))
 """
 
 
-def run_trl(folder: Path, steps: int, threads: int) -> list[float]:
+def run_trl(folder: Path, steps: int, threads: int) -> Steps:
     arguments = [str(folder), *map(str, (steps, PROMPTS, GROUP, TOKENS, threads))]
     done = subprocess.run([sys.executable, "-c", TRL_ARM, *arguments], check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def report(steps: dict[str, Steps]) -> None:
+    def median(arm: str, phase: str) -> float:
+        return statistics.median(step.get(phase, 0.0) for step in steps[arm])
+
+    for arm in steps:
+        ratio = median(arm, "total") / median("TRL GRPOTrainer", "total")
+        print(f"  {arm:<38} {median(arm, 'total'):6.2f} s a step   {ratio:5.2f} of TRL's")
+    for arm, measured in steps.items():
+        phases = [phase for phase in measured[-1] if phase not in ("total", "tokens")]
+        parts = ", ".join(f"{phase} {median(arm, phase):.2f}" for phase in phases)
+        print(f"  {arm:<38} {parts}; {median(arm, 'tokens'):.0f} tokens generated")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=0, help="prompts of at least so many characters")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each process")
     options = parser.parse_args()
+    steps: dict[str, Steps] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory(prefix="rlif-bench-") as name:
         folder = Path(name)
-        make_inputs(folder)
-        arms = {
-            "TRL GRPOTrainer": lambda: run_trl(folder, options.steps, options.threads),
-            "rlif, on-policy": lambda: run_rlif(folder, options.steps, 0, options.threads),
-            "rlif, max_staleness 1": lambda: run_rlif(folder, options.steps, 1, options.threads),
-        }
-        medians = {}
-        print(f"{PROMPTS} prompts x {GROUP} completions x {TOKENS} tokens, {options.threads} thread(s) a process")
-        for arm, run in arms.items():
-            medians[arm] = statistics.median(run()[options.warmup :])
-            ratio = medians["TRL GRPOTrainer"] / medians[arm]
-            print(f"  {arm:<24} {medians[arm]:6.2f} s a step   {ratio:5.2f}x TRL's speed")
+        make_inputs(folder, options.prompt_tokens)
+        for number in range(options.rounds):
+            for arm, settings in ARMS.items():
+                measured = (
+                    run_trl(folder, options.steps, options.threads)
+                    if settings is None
+                    else run_rlif(folder, number, options.steps, options.threads, settings)
+                )
+                steps[arm] += measured[options.warmup :]
+    print(f"{PROMPTS} prompts x {GROUP} completions x {TOKENS} tokens, {options.threads} thread(s) a process")
+    print(f"load of the machine over the last 15 minutes: {os.getloadavg()[2]:.1f}")
+    report(steps)
 
 
 if __name__ == "__main__":

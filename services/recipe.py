@@ -44,14 +44,25 @@ class Run(Section):
     deterministic: bool = False
 
 
+class Lora(Section):
+    """Low-rank adapters of `rank` on the layers that `targets` name; their product counts `alpha` / `rank` times."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(32, gt=0)
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+
+
 class Model(Section):
-    """A Hugging Face name or a local folder."""
+    """A Hugging Face name or a local folder. With `lora` only adapters are trained (none: all weights)."""
 
     path: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     trust_remote_code: bool = False
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora: Lora | None = None
 
 
 class Fields(Section):
@@ -197,9 +208,18 @@ class Checkpoints(Section):
     keep: int = Field(3, ge=1)
 
 
+class Offload(Section):
+    """What a GPU's rank keeps in the CPU's memory, by DeepSpeed: the `optimizer`'s states, and its step (zero_stage 1,
+    2 or 3); the `parameters`, fetched layer by layer (zero_stage 3)."""
+
+    optimizer: bool = False
+    parameters: bool = False
+
+
 class Trainer(Objective):
     """`groups_per_step` prompts make one step, which is one version of the weights. `micro_batch_tokens` bounds the
-    padded tokens of one forward. The objective's keys (`algorithm`, ...): services/algorithms.py."""
+    tokens of one forward, where a prompt that several completions share counts once (on a CPU it is at most 4096). The
+    objective's keys (`algorithm`, ...): services/algorithms.py."""
 
     steps: int = Field(ge=1)
     groups_per_step: int = Field(ge=1)
@@ -215,6 +235,7 @@ class Trainer(Objective):
     grad_clip: float = Field(1.0, gt=0)
     micro_batch_tokens: int = Field(16384, ge=1)
     gradient_checkpointing: bool = False
+    offload: Offload = Offload()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: Gpus = None
     threads: int | None = Field(None, ge=1)
@@ -313,6 +334,8 @@ class Recipe(Section):
             gpus = getattr(self, part).gpus
             if gpus is not None and len(set(gpus)) != count:
                 raise ValueError(f"{part}.gpus: {gpus} must be {count} different devices, one for each replica or rank")
+        if self.model.lora is not None and self.trainer.reference.kind == "ema":
+            raise ValueError("trainer.reference.kind: ema is of whole weights; with model.lora the reference is frozen")
         if self.rollout.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature: 0 makes every completion of a group the same; use e.g. 1.0")
         if self.run.deterministic and self.scorer.engine == "vllm":

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from services import codec, recipe
 from services.contract import ScoredGroup
+from trainer import checkpoint
 from trainer import engine as engines
 from trainer import policy as policies
 from trainer import ranks as rank_groups
@@ -27,9 +28,9 @@ def run(case: dict, ranks: rank_groups.Ranks) -> None:
     engines.check(settings)
     policy = policies.load(settings.model, settings.trainer.gradient_checkpointing)
     if case.get("tile_elements"):
-        policy.head.tile_rows = case["tile_elements"] // policy.vocab_size
+        policy.head.tile_elements = case["tile_elements"]
     engine = engines.start(policy, settings, ranks)
-    reference = references.start(settings, ranks)
+    reference = references.start(engine, settings, ranks)
     results = []
     for step, batch in enumerate(case["batches"]):
         groups = [codec.unpack_as(ScoredGroup, bytes.fromhex(text)) for text in batch]
@@ -37,12 +38,14 @@ def run(case: dict, ranks: rank_groups.Ranks) -> None:
             engine, reference, sequences(groups, policy.vocab_size), step, settings.trainer, ranks, settings.run.seed
         )
         results.append(dataclasses.asdict(result))
-    weights = dict(policies.tensors(policy, partitioned=settings.trainer.zero_stage == 3))
+    weights = dict(policies.tensors(policy, partitioned=settings.trainer.zero_stage == 3, adapters=settings.model.lora))
     if ranks.first:
         out = Path(case["out"])
         out.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights.safetensors")
         (out / "results.json").write_text(json.dumps(results))
+    if case.get("checkpoint"):
+        checkpoint.save(engine, Path(case["checkpoint"]), checkpoint.Progress(len(results)), settings, ranks)
     engine.destroy()
 
 

@@ -45,6 +45,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         "run.name": recipe.run.name,
         "model.path": recipe.model.path,
         "model.dtype": recipe.model.dtype,
+        "model.lora": None if recipe.model.lora is None else recipe.model.lora.model_dump(),
         "trainer.ranks": recipe.trainer.ranks,
         "trainer.zero_stage": recipe.trainer.zero_stage,
     }
@@ -106,8 +107,8 @@ def newest(directory: Path, recipe: Recipe) -> tuple[Path, Progress] | None:
             continue
         found = state(path)
         for key, here in identity(recipe).items():
-            if found["identity"][key] != here:
-                raise RecipeError(f"{key}: {here!r}, but checkpoint {path} is of {found['identity'][key]!r}")
+            if (there := found["identity"].get(key)) != here:
+                raise RecipeError(f"{key}: {here!r}, but checkpoint {path} is of {there!r}")
         return path, Progress(found["step"], found["lineage"], found["unacknowledged"])
     return None
 

@@ -22,11 +22,25 @@ def check(recipe: Recipe) -> None:
             "trainer.zero_stage: 0 does not go with model.dtype bfloat16 (DeepSpeed's Adam then starts a step "
             "ahead); use zero_stage 1, 2 or 3, or model.dtype float32"
         )
+    offload, stage = recipe.trainer.offload, recipe.trainer.zero_stage
+    if offload.optimizer and stage == 0:
+        raise RecipeError("trainer.offload.optimizer: true needs trainer.zero_stage 1, 2 or 3 (it is 0)")
+    if offload.parameters and stage != 3:
+        raise RecipeError(f"trainer.offload.parameters: true needs trainer.zero_stage 3 (it is {stage})")
 
 
 def config(recipe: Recipe, parameters: int, cuda: bool) -> dict[str, Any]:
-    """The DeepSpeed configuration of the trained model, which has `parameters` elements."""
+    """The DeepSpeed configuration of the trained model, which has `parameters` elements to train."""
     trainer = recipe.trainer
+    at_home = {"device": "cpu", "pin_memory": cuda}
+    offload = {
+        name: at_home
+        for name, wanted in (
+            ("offload_optimizer", trainer.offload.optimizer),
+            ("offload_param", trainer.offload.parameters),
+        )
+        if wanted
+    }
     return {
         # Batches are made here: every backward is one micro-batch whose loss is weighted over the whole step already.
         "train_micro_batch_size_per_gpu": 1,
@@ -38,12 +52,14 @@ def config(recipe: Recipe, parameters: int, cuda: bool) -> dict[str, Any]:
         "communication_data_type": "fp32",
         # Adam comes from torch: nothing to compile at the start.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": trainer.zero_stage,
             "overlap_comm": cuda,
             # Buffers of this many elements are made whatever the size of the model.
             "reduce_bucket_size": min(500_000_000, parameters),
             "stage3_param_persistence_threshold": min(100_000, parameters // 100),
+            **offload,
         },
     }
 
@@ -65,8 +81,11 @@ def start(policy: Policy, recipe: Recipe, ranks: Ranks) -> Any:
     """The DeepSpeed engine that trains `policy`: a module called like it, with backward() and step()."""
     deepspeed = _deepspeed()
     trainer, cuda = recipe.trainer, ranks.device.type == "cuda"
-    matrices = [p for p in policy.parameters() if p.dim() >= 2]
-    vectors = [p for p in policy.parameters() if p.dim() < 2]
+    if not cuda and (trainer.offload.optimizer or trainer.offload.parameters):
+        raise RecipeError("trainer.offload: the ranks are on the CPU, there is nothing to offload to; leave it out")
+    learned = [p for p in policy.parameters() if p.requires_grad]
+    matrices = [p for p in learned if p.dim() >= 2]
+    vectors = [p for p in learned if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": trainer.weight_decay},
         # Norms and biases are not decayed.
@@ -80,7 +99,7 @@ def start(policy: Policy, recipe: Recipe, ranks: Ranks) -> Any:
         fused=cuda,
     )
     _share_head(policy, recipe)
-    settings = config(recipe, sum(p.numel() for p in policy.parameters()), cuda)
+    settings = config(recipe, sum(p.numel() for p in learned), cuda)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
     return engine
 

@@ -9,9 +9,9 @@ import torch
 
 from services import recipe as recipes
 from services.contract import Version, WeightVersion
-from services.recipe import RecipeError
+from services.recipe import Lora, RecipeError
 from services.weights import disk
-from trainer import checkpoint
+from trainer import checkpoint, lora
 
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
 
@@ -78,8 +78,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
     state = checkpoint.state(folder)
     dtype = getattr(torch, state["identity"]["model.dtype"])
-    if state["identity"]["trainer.zero_stage"] == 0:
-        # Our own file, verified by its checksum.
+    if state["identity"]["trainer.zero_stage"] < 3:
+        # Our own file, verified by its checksum. It holds all weights, those that are not trained too.
         path = folder / checkpoint.TAG / "mp_rank_00_model_states.pt"
         whole = torch.load(path, map_location="cpu", weights_only=False)["module"]
     else:
@@ -90,6 +90,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             seen.add(tensor.data_ptr())
             tensors[name.removeprefix("model.")] = tensor
+    if (adapters := state["identity"].get("model.lora")) is not None:
+        tensors = lora.merge(tensors, Lora.model_validate(adapters))
     return {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor.clone() for name, tensor in tensors.items()
     }

@@ -37,7 +37,7 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, micro: MicroBatch) -> Tensor:
         """float32 [T]; to be called inside `at_hand`, for all of a step's micro-batches at once."""
-        return self.module(micro.input_ids, micro.positions, micro.targets, micro.temperatures)[0]
+        return self.module(micro.packed, micro.positions, micro.targets, micro.temperatures)[0]
 
     @torch.no_grad()
     def follow(self, trained: Policy) -> None:
@@ -72,11 +72,14 @@ class Reference:
             own.data.copy_(self.average[name])
 
 
-def start(recipe: Recipe, ranks: Ranks) -> Reference | None:
-    """The reference of a recipe, ready on this rank; none without a KL term."""
+def start(engine: Any, recipe: Recipe, ranks: Ranks) -> Reference | None:
+    """The reference of a recipe whose policy `engine` trains, ready on this rank; none without a KL term. Where only
+    adapters are trained, it is the trained model with these switched off."""
     trainer = recipe.trainer
     if trainer.kl_beta == 0:
         return None
+    if recipe.model.lora is not None:
+        return Reference(policies.WithoutAdapters(engine.module))
     base = policies.reference(recipe.model)
     decay = trainer.reference.decay if trainer.reference.kind == "ema" else None
     if trainer.zero_stage == 3 or not trainer.reference.offload:

@@ -70,7 +70,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
     _seed(recipe)
     trained = policy.load(recipe.model, trainer.gradient_checkpointing)
     engine = engines.start(trained, recipe, ranks)
-    reference = references.start(recipe, ranks)
+    reference = references.start(engine, recipe, ranks)
     progress = _restore(engine, reference, recipe, resume, ranks, feed)
     start = progress.step
     waits.over("model")
@@ -80,7 +80,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
         policy.save_files(recipe.model, files)
         publisher = Publisher(connect_sync(redis_url), recipe.run.name, recipe.weights_dir, recipe.weights.keep)
         records = metrics.StepLog(run_dir, trainer.steps, start, recipe.tracking.tensorboard)
-    seconds = {"publish": _publish(publisher, trained, progress, files, trainer.zero_stage == 3)}
+    seconds = {"publish": _publish(publisher, trained, progress, files, recipe)}
 
     durable = progress.step
     while progress.step < trainer.steps:
@@ -95,7 +95,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
             result = train_step(engine, reference, batch, progress.step, trainer, ranks, recipe.run.seed)
             progress.step += 1
             progress.unacknowledged += [entry.entry_id for entry in entries]
-            seconds["publish"] = _publish(publisher, trained, progress, files, trainer.zero_stage == 3)
+            seconds["publish"] = _publish(publisher, trained, progress, files, recipe)
         if feed is not None and records is not None:
             _note(feed, records, progress, start, entries, result, seconds)
         seconds = {}
@@ -186,16 +186,17 @@ def _next_batch(
 
 
 def _publish(
-    publisher: Publisher | None, trained: policy.Policy, progress: Progress, files: Path, gather: bool
+    publisher: Publisher | None, trained: policy.Policy, progress: Progress, files: Path, recipe: Recipe
 ) -> float:
     """Seconds it took. With partitioned weights every rank takes part in gathering them."""
     began = time.perf_counter()
+    gather, adapters = recipe.trainer.zero_stage == 3, recipe.model.lora
     if publisher is not None:
         version = Version(lineage=progress.lineage, version=progress.step)
         with traces.span("publish weights", weight_version=str(version)):
-            publisher.publish(version, policy.tensors(trained, gather), files)
+            publisher.publish(version, policy.tensors(trained, gather, adapters), files)
     elif gather:
-        for _ in policy.tensors(trained, gather):
+        for _ in policy.tensors(trained, gather, adapters):
             pass
     return time.perf_counter() - began
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from services import recipe
+from services import memory, recipe
 from services.algorithms import contradiction
 from services.recipe import Recipe, RecipeError
 
@@ -63,8 +63,35 @@ def facts(chosen: Recipe) -> dict[str, object]:
     }
 
 
+GpuGib = Annotated[
+    float | None, typer.Option("--gpu-gib", min=0.1, help="Refuse what a trainer's GPU of this many GiB cannot hold.")
+]
+
+
+def check_memory(chosen: Recipe, gpu_gib: float) -> dict[str, object]:
+    """What a rank of the trainer needs, by part, in GiB.
+
+    Raises RecipeError when that is more than `gpu_gib`, naming the settings to change.
+    """
+    model = memory.shape(chosen.model)
+    needed = memory.need(chosen, model)
+    limit = int(gpu_gib * memory.GIB)
+    if needed.total > limit:
+        parts = ", ".join(f"{name} {size / memory.GIB:.1f}" for name, size in needed.parts.items() if size)
+        lines = [f"trainer: a rank needs about {needed.total / memory.GIB:.1f} GiB of {gpu_gib:g} ({parts})"]
+        tried = memory.remedies(chosen, limit, model)
+        lines += [f"  with {override}: {found.total / memory.GIB:.1f} GiB" for override, found in tried]
+        if not tried or tried[-1][1].total > limit:
+            lines.append("  that is not enough: use more ranks with trainer.zero_stage=3, or a smaller model")
+        raise RecipeError("\n".join(lines))
+    sizes = {name: round(size / memory.GIB, 2) for name, size in needed.parts.items()}
+    return {"trainer_gib_per_rank": {**sizes, "total": round(needed.total / memory.GIB, 2)}}
+
+
 @app.command()
-def check(recipe_path: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    recipe_path: RecipePath, overrides: Overrides = None, as_json: AsJson = False, gpu_gib: GpuGib = None
+) -> None:
     """Refuse what cannot run, and say what the recipe amounts to."""
     chosen = recipe.load(recipe_path, overrides)
     check_rewards(chosen)
@@ -72,12 +99,16 @@ def check(recipe_path: RecipePath, overrides: Overrides = None, as_json: AsJson 
     if data.suffix in (".jsonl", ".json", ".parquet") and not data.exists():
         raise RecipeError(f"data.path: no file {data}")
     found, doubtful = facts(chosen), doubts(chosen)
+    if gpu_gib is not None:
+        found |= check_memory(chosen, gpu_gib)
     if as_json:
         typer.echo(json.dumps({**found, "doubts": doubtful}))
         return
     console = Console()
     console.print(f"[green]ok[/green] {recipe_path}", highlight=False)
     for key, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{part} {size}" for part, size in value.items())
         console.print(f"  {key.replace('_', ' '):<24} {value}", highlight=False)
     for line in doubtful:
         console.print(f"[yellow]doubtful[/yellow] {line}", highlight=False, soft_wrap=True)
