@@ -462,6 +462,22 @@ def test_a_damaged_checkpoint_is_passed_over(runs, tmp_path, caplog, fault):
     assert fault == "unfinished" or "2-6 is damaged" in caplog.text
 
 
+def test_the_best_checkpoint_is_named_verified_and_replaced(runs, tmp_path, caplog):
+    run, folder = runs[1], tmp_path / "checkpoints"
+    shutil.copytree(run.dir / "checkpoints", folder)
+    assert checkpoint.best(folder, run.recipe) is None
+    for name in ("2-6", "2-4"):
+        checkpoint.mark_best(folder, name)
+        found = checkpoint.best(folder, run.recipe)
+        assert found is not None and found[0] == folder / name and found[1].step == int(name[2:])
+    for absent in ("2-5", ".", "latest"):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            checkpoint.mark_best(folder, absent)
+    victim = next((folder / "2-4" / "engine").iterdir())
+    os.truncate(victim, victim.stat().st_size // 2)
+    assert checkpoint.best(folder, run.recipe) is None and "2-4 is damaged" in caplog.text
+
+
 def test_a_checkpoint_of_another_run_is_refused(runs):
     unbroken, broken = runs
     with pytest.raises(RecipeError, match="run.name: 'unbroken'"):

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 TAG = "engine"
 STATE = "state.json"
 LATEST = "latest"
+BEST = "best"
 
 
 @dataclass
@@ -78,9 +79,11 @@ def save(engine: Any, directory: Path, progress: Progress, recipe: Recipe, ranks
             shutil.rmtree(target)
         aside.rename(target)
         _sync(directory)
-        _point(directory, target.name)
+        _point(directory, LATEST, target.name)
+        spared = _pointed(directory, BEST)
         for old in _named(directory)[recipe.trainer.checkpoints.keep :]:
-            shutil.rmtree(old)
+            if old.name != spared:
+                shutil.rmtree(old)
     ranks.barrier()
     return target
 
@@ -92,14 +95,39 @@ def newest(directory: Path, recipe: Recipe) -> tuple[Path, Progress] | None:
     another run, model, or number of ranks.
     """
     for path in _named(directory):
-        if not sound(path):
-            continue
-        found = state(path)
-        for key, here in identity(recipe).items():
-            if found["identity"][key] != here:
-                raise RecipeError(f"{key}: {here!r}, but checkpoint {path} is of {found['identity'][key]!r}")
-        return path, Progress(found["step"], found["lineage"], found["unacknowledged"])
+        if sound(path):
+            return path, _progress(path, recipe)
     return None
+
+
+def mark_best(directory: Path, name: str) -> None:
+    """Name the best checkpoint so far: it outlives the newest k, until another is named. For rank 0.
+
+    Raises ValueError when there is no checkpoint of that name.
+    """
+    if name not in {path.name for path in _named(directory)}:
+        raise ValueError(f"{directory} has no checkpoint {name!r}")
+    _point(directory, BEST, name)
+
+
+def best(directory: Path, recipe: Recipe) -> tuple[Path, Progress] | None:
+    """The checkpoint that `mark_best` named, verified; none when there is none, or it is damaged (the log says how).
+    For rank 0. Raises RecipeError as `newest` does.
+
+    Its progress is that of its own time: whoever goes back to it takes a lineage that is newer than every other, and
+    saves a checkpoint at once, or the next start would go on from the one that was to be undone.
+    """
+    name = _pointed(directory, BEST)
+    path = next((path for path in _named(directory) if path.name == name), None)
+    return (path, _progress(path, recipe)) if path is not None and sound(path) else None
+
+
+def _progress(path: Path, recipe: Recipe) -> Progress:
+    found = state(path)
+    for key, here in identity(recipe).items():
+        if found["identity"][key] != here:
+            raise RecipeError(f"{key}: {here!r}, but checkpoint {path} is of {found['identity'][key]!r}")
+    return Progress(found["step"], found["lineage"], found["unacknowledged"])
 
 
 def sound(path: Path) -> bool:
@@ -168,9 +196,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _point(directory: Path, name: str) -> None:
-    aside = directory / f".{LATEST}"
+def _point(directory: Path, pointer: str, name: str) -> None:
+    aside = directory / f".{pointer}"
     aside.write_text(name)
     _sync(aside)
-    aside.rename(directory / LATEST)
+    aside.rename(directory / pointer)
     _sync(directory)
+
+
+def _pointed(directory: Path, pointer: str) -> str:
+    """The name that a pointer file holds; empty without one."""
+    try:
+        return (directory / pointer).read_text()
+    except FileNotFoundError:
+        return ""
