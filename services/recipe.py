@@ -4,13 +4,15 @@ import os
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from services.contract import Sampling
+from services.recipe_watching import Guard, Tracking
+from services.section import Section
 from services.spec import Combine, RewardSpec, RewardTerm
 
 
@@ -19,10 +21,6 @@ class RecipeError(ValueError):
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 def _of_scheme(url: str, *schemes: str) -> str:
@@ -188,10 +186,14 @@ class Scorer(Section):
 
 
 class Pacing(Section):
-    """`max_staleness: 0` is exact on-policy training."""
+    """`max_staleness: 0` is exact on-policy training. `dynamic_sampling` (DAPO, arXiv 2503.14476): groups whose
+    completions all have the same advantage are left out and replaced, at most `max_refill` for each group of a step;
+    beyond that they are trained on after all."""
 
     max_staleness: int = Field(1, ge=0)
     max_requests_in_flight: int = Field(64, ge=1)
+    dynamic_sampling: bool = False
+    max_refill: float = Field(3.0, gt=0)
 
 
 class Checkpoints(Section):
@@ -252,11 +254,32 @@ class Queue(Section):
     max_deliveries: int = Field(3, ge=1)
 
 
-class Tracking(Section):
-    """The trainer serves Prometheus metrics on `metrics_port`, the orchestrator on the next one (none: nobody does)."""
+class Evaluation(Section):
+    """Held-out tasks, answered and judged `every` so many steps (and before the first) by the run's own servers.
 
-    tensorboard: bool = True
-    metrics_port: int | None = Field(None, ge=1, le=65534)
+    `rewards` judge: terms, or the name of a spec. `best` names the metric of the best checkpoint: `accuracy` (of the
+    first term that judges), `accuracy.<term>`, `value.<term>`, `length`, `stopped` or `auc`; higher is better unless
+    `best_is` says lowest. `sampling` none: the rollout's own; `samples` completions of each task. `certainty`: also
+    whether the model is surer of right answers (`auc`; needs a scorer).
+    """
+
+    data: Data
+    every: int = Field(ge=1)
+    rewards: str | list[RewardTerm]
+    samples: int = Field(1, ge=1, le=1024)
+    sampling: Sampling | None = None
+    certainty: bool = True
+    best: str = Field("accuracy", min_length=1)
+    best_is: Literal["highest", "lowest"] = "highest"
+    tasks_per_request: int = Field(8, ge=1, le=1024)
+    max_requests_in_flight: int = Field(2, ge=1)
+
+    @field_validator("rewards")
+    @classmethod
+    def spec_is_sound(cls, rewards: str | list[RewardTerm]) -> str | list[RewardTerm]:
+        if isinstance(rewards, list):
+            RewardSpec(rewards=rewards)
+        return rewards
 
 
 class Recipe(Section):
@@ -273,6 +296,8 @@ class Recipe(Section):
     weights: Weights = Weights()
     queue: Queue = Queue()
     tracking: Tracking = Tracking()
+    evaluation: Evaluation | None = None
+    guard: Guard | None = Guard()
 
     @field_validator("rewards")
     @classmethod
@@ -322,6 +347,12 @@ class Recipe(Section):
                 "run.deterministic: the last bits of what scorer.engine vllm computes depend on what else is scored at "
                 "the time; use transformers"
             )
+        if self.run.deterministic and self.pacing.dynamic_sampling:
+            raise ValueError(
+                "run.deterministic: which groups replace those that pacing.dynamic_sampling leaves out depends on which "
+                "are finished first; use one of the two"
+            )
+        self._is_watched_soundly()
         need = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens
         for part in ("rollout", "scorer"):
             limit = getattr(self, part).max_model_len
@@ -331,6 +362,21 @@ class Recipe(Section):
                     f"rollout.sampling.max_tokens ({need})"
                 )
         return self
+
+    def _is_watched_soundly(self) -> None:
+        every = self.trainer.checkpoints.every
+        if self.evaluation is not None and self.evaluation.every % every:
+            raise ValueError(
+                f"evaluation.every: {self.evaluation.every} is not a multiple of trainer.checkpoints.every ({every}): "
+                "the best version needs a checkpoint"
+            )
+        if self.guard is not None and self.guard.action == "raise_beta" and self.trainer.kl_beta == 0:
+            raise ValueError("guard.action: raise_beta needs trainer.kl_beta above 0: at 0 no reference is loaded")
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether the trainer may be given orders, and so waits after its last step for the last of them."""
+        return self.evaluation is not None or (self.guard is not None and self.guard.action != "alarm")
 
     @property
     def spec(self) -> RewardSpec | None:
@@ -365,7 +411,8 @@ def _valid_here(location: tuple[int | str, ...]) -> str:
     section: Any = Recipe
     for part in location[:-1]:
         field = getattr(section, "model_fields", {}).get(part)
-        section = field.annotation if field is not None else None
+        kinds = get_args(field.annotation) or (field.annotation,) if field is not None else ()
+        section = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
     names = getattr(section, "model_fields", None)
     return f"; valid keys here: {', '.join(names)}" if names else ""
 
