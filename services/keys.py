@@ -10,8 +10,8 @@ class Keys:
     `lineage` int, and `floor` the lowest one whose groups count (a roll-back sets it); `weights` JSON of the newest
     WeightVersion and `weights_id` its `lineage.version`; `weights_news` the channel it is announced on; `followers`
     hash replica -> JSON; `specs` hash name -> JSON; `status` hash service -> JSON; `steps` stream of what the trainer
-    measured; `commands` list of orders to the trainer, `command_ids` the set of their ids, `commands_obeyed` hash id -> JSON;
-    `evaluations` hash version -> JSON; `verdicts` hash id -> JSON of the guard's alarms."""
+    measured; `commands` list of orders to the trainer, `command_ids` the set of their ids, `commands_obeyed` hash id ->
+    JSON; `evaluations` hash version -> JSON; `verdicts` hash id -> JSON of the guard's alarms."""
 
     run_id: str
 

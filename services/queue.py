@@ -86,9 +86,9 @@ class GroupQueue:
     """One run's queue. `patience_seconds` is how long an operation outlasts a redis that is away before it raises
     DeadlineExceeded; `max_deliveries` how often an entry may be begun without being finished before it is buried.
 
-    Pushers use `push`, `bury`, `leave_out`, `seen`. The consumer calls `claim_lineage`, `recall`, `recover`, then, for every step,
-    `pull`, `begin`, `finish`, and `ack` once a checkpoint holds the step. Its calls raise Fenced when another claimed
-    later.
+    Pushers use `push`, `bury`, `leave_out`, `seen`. The consumer calls `claim_lineage`, `recall`, `recover`, then, for
+    every step, `pull`, `begin`, `finish`, and `ack` once a checkpoint holds the step. Its calls raise Fenced when
+    another claimed later.
     """
 
     def __init__(self, redis: Redis, run_id: str, max_deliveries: int = 3, patience_seconds: float = 300.0):
