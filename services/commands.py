@@ -91,11 +91,14 @@ async def send(redis: Redis, run_id: str, order: AnyOrder) -> bool:
 
 
 async def after(redis: Redis, run_id: str, count: int) -> list[AnyOrder]:
-    """The orders that follow the first `count`. A redis that knows fewer lost its data: then all it has are new."""
-    keys: Any = Keys(run_id)
-    stream: Any = redis
-    start = count if await stream.llen(keys.commands) >= count else 0
-    return [parse(body) for body in await stream.lrange(keys.commands, start, -1)]
+    """The orders that follow the first `count`. A redis that knows fewer lost its data: then those count that were not
+    obeyed since."""
+    store: Any = redis
+    given = [parse(body) for body in await store.lrange(Keys(run_id).commands, 0, -1)]
+    if len(given) >= count:
+        return given[count:]
+    obeyed = await all_obeyed(redis, run_id)
+    return [order for order in given if order.id not in obeyed]
 
 
 async def note_obeyed(redis: Redis, run_id: str, order_id: str, obeyed: Obeyed) -> None:

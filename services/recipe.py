@@ -349,8 +349,8 @@ class Recipe(Section):
             )
         if self.run.deterministic and self.pacing.dynamic_sampling:
             raise ValueError(
-                "run.deterministic: what replaces the groups that pacing.dynamic_sampling leaves out depends on which are "
-                "finished first; use one of the two"
+                "run.deterministic: what replaces the groups that pacing.dynamic_sampling leaves out depends on which "
+                "end first; use one of the two"
             )
         self._is_watched_soundly()
         need = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens

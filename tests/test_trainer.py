@@ -217,13 +217,15 @@ def test_numbers_of_groups_leave_missing_scores_out():
         "components.format": 0.5,
         "components.right": 0.5,
         "accuracy.right": 0.5,
+        "distinct_2": 0.25,
+        "answer_diversity": 0.5,
     }
 
 
-def test_a_torn_line_goes_and_the_next_stands_alone(tmp_path):
+def test_a_torn_line_goes_and_the_next_stands_alone(tiny_model, tmp_path):
     line = {"lineage": 1, "step": 2, "group_ids": ["a"], "tokens": 5, "completions": 2, "seconds": {}, "loss": 0.5}
     (tmp_path / "steps.jsonl").write_text('{"lineage": 0, "step": 1}\n{"lineage": 0, "st')
-    records = StepLog(tmp_path, steps=9, start=1, tensorboard=False)
+    records = StepLog(recipe.parse(make_recipe(tiny_model, tmp_path)), start=1)
     records.write(line)
     with pytest.raises(ValueError):
         records.write({**line, "loss": math.nan})
@@ -235,8 +237,9 @@ def sample(name: str, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(name, labels)
 
 
-def test_numbers_go_to_tensorboard_and_prometheus(tmp_path):
-    records = StepLog(tmp_path, steps=9, start=1, tensorboard=True)
+def test_numbers_go_to_tensorboard_and_prometheus(tiny_model, tmp_path):
+    chosen = recipe.parse(make_recipe(tiny_model, tmp_path), ["trainer.steps=9", "tracking.tensorboard=true"])
+    records = StepLog(chosen, start=1)
     assert sample("rlif_trainer_planned_steps") == 9 and sample("rlif_trainer_step") == 1
     seconds = {"wait": 0.25, "total": 0.25}
     line = {"lineage": 3, "step": 2, "group_ids": ["a"], "tokens": 5, "completions": 2, "seconds": seconds, "loss": 0.5}

@@ -37,6 +37,11 @@ class Progress:
     step: int = 0
     lineage: int = 0
     unacknowledged: list[str] = field(default_factory=list)
+    orders: int = 0
+    """So many of the run's orders (services.commands) are obeyed; what they changed is below."""
+    kl_beta: float | None = None
+    rate: float = 1.0
+    """A factor of the learning rate."""
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
@@ -68,6 +73,9 @@ def save(engine: Any, directory: Path, progress: Progress, recipe: Recipe, ranks
             "step": progress.step,
             "lineage": progress.lineage,
             "unacknowledged": progress.unacknowledged,
+            "orders": progress.orders,
+            "kl_beta": progress.kl_beta,
+            "rate": progress.rate,
             "identity": identity(recipe),
             "files": files,
         }
@@ -122,12 +130,31 @@ def best(directory: Path, recipe: Recipe) -> tuple[Path, Progress] | None:
     return (path, _progress(path, recipe)) if path is not None and sound(path) else None
 
 
+def before(directory: Path, recipe: Recipe, step: int) -> tuple[Path, Progress] | None:
+    """Where to go back to from a fault that began at `step`: the best checkpoint, where it is of an earlier step, else
+    the newest of an earlier step. It becomes the best. None when there is none. For rank 0."""
+    marked = best(directory, recipe)
+    if marked is not None and marked[1].step < step:
+        return marked
+    for path in _named(directory):
+        if int(path.name.partition("-")[2]) < step and sound(path):
+            mark_best(directory, path.name)
+            return path, _progress(path, recipe)
+    return None
+
+
+def name_of(directory: Path, step: int) -> str | None:
+    """The newest checkpoint of a step."""
+    return next((path.name for path in _named(directory) if path.name.endswith(f"-{step}")), None)
+
+
 def _progress(path: Path, recipe: Recipe) -> Progress:
     found = state(path)
     for key, here in identity(recipe).items():
         if found["identity"][key] != here:
             raise RecipeError(f"{key}: {here!r}, but checkpoint {path} is of {found['identity'][key]!r}")
-    return Progress(found["step"], found["lineage"], found["unacknowledged"])
+    orders = {key: found[key] for key in ("orders", "kl_beta", "rate") if key in found}
+    return Progress(found["step"], found["lineage"], found["unacknowledged"], **orders)
 
 
 def sound(path: Path) -> bool:

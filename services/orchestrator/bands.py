@@ -141,7 +141,7 @@ class Judge:
             if band is not None:
                 self.series[name] = Series(name, band, guard.baseline, guard.votes, guard.window, guard.sigmas)
         if guard.bands.auc is not None:
-            self.series["auc"] = Series("auc", guard.bands.auc, *[EVALUATIONS] * 3, guard.sigmas)
+            self.series["auc"] = Series("auc", guard.bands.auc, EVALUATIONS, EVALUATIONS, EVALUATIONS, guard.sigmas)
 
     def look(self, row: Mapping[str, float | None]) -> list[Alarm]:
         """The alarms that the row raises."""
