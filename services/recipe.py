@@ -281,6 +281,20 @@ class Evaluation(Section):
             RewardSpec(rewards=rewards)
         return rewards
 
+    @property
+    def spec(self) -> RewardSpec | None:
+        """As `Recipe.spec`, with self-certainty measured beside the judges."""
+        if isinstance(self.rewards, str):
+            return None
+        is_there = any(term.key == "self_certainty" for term in self.rewards)
+        more = [RewardTerm(name="self_certainty", weight=0.0)] if self.certainty and not is_there else []
+        return RewardSpec(rewards=[*self.rewards, *more])
+
+    @property
+    def judge(self) -> str:
+        """The term that `accuracy` is of."""
+        return self.rewards if isinstance(self.rewards, str) else self.rewards[0].key
+
 
 class Recipe(Section):
     run: Run

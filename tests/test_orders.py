@@ -15,6 +15,7 @@ from services.queue import GroupQueue
 from services.redis import connect
 
 GUARD = {"action": "roll_back"}
+ORDERED = {"schedule": "constant", "warmup": 0, "checkpoints": {"every": STEPS, "keep": 2}}
 
 
 def on_redis(call, url: str):
@@ -64,7 +65,7 @@ async def test_an_order_is_given_once_and_they_keep_their_order(redis_url):
 def ordered(tiny_model, redis_url, tmp_path_factory):
     """Beta is raised after step 2; killed after step 3 and gone on from the first weights; rolled back after step 4,
     and killed again; stopped after step 3 of the third start."""
-    run = guarded(tmp_path_factory.mktemp("orders"), tiny_model, redis_url, "ordered", schedule="constant", warmup=0)
+    run = guarded(tmp_path_factory.mktemp("orders"), tiny_model, redis_url, "ordered", **ORDERED)
     at = [number * GROUPS_PER_STEP for number in range(STEPS + 1)]
     try:
         run.push(0, at[2])

@@ -18,8 +18,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
 def check_rewards(chosen: Recipe) -> None:
-    """Raises RecipeError when a reward or its parameters are unknown to the reward server of this installation, and
-    StartupError when a plug-in of the recipe cannot be used."""
+    """Of training and of evaluation. Raises RecipeError when a reward or its parameters are unknown to the reward
+    server of this installation, and StartupError when a plug-in of the recipe cannot be used."""
     from reward_server import plugins
     from reward_server.specs import EVERY_PART, SpecError, check_spec, named_spec
 
@@ -28,11 +28,16 @@ def check_rewards(chosen: Recipe) -> None:
     parts = {"scorer": True, "sandbox": scorer.sandbox != "none", "reference_model": scorer.reference_model is not None}
     # What somebody else's servers have, they say themselves.
     have = EVERY_PART if scorer.urls else frozenset(part for part, is_there in parts.items() if is_there)
-    try:
-        check_spec(chosen.spec or named_spec(str(chosen.rewards)), have)
-    except SpecError as error:
-        message = str(error)
-        raise RecipeError(message if message.startswith("rewards") else f"rewards: {message}") from error
+    specs = {"": chosen.spec or str(chosen.rewards)}
+    if chosen.evaluation is not None:
+        specs["evaluation."] = chosen.evaluation.spec or str(chosen.evaluation.rewards)
+    for section, spec in specs.items():
+        try:
+            check_spec(named_spec(spec) if isinstance(spec, str) else spec, have)
+        except SpecError as error:
+            message = str(error)
+            where = message if message.startswith("rewards") else f"rewards: {message}"
+            raise RecipeError(section + where) from error
 
 
 def facts(chosen: Recipe) -> dict[str, object]:
