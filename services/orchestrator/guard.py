@@ -40,6 +40,7 @@ COLUMNS = {
 """A signal's name in the trainer's records."""
 WAIT_SECONDS = 0.5
 PATIENCE_SECONDS = 300.0
+TELL_SECONDS = 20.0
 
 
 class Guard:
@@ -121,7 +122,9 @@ class Guard:
         if raised and self.settings.action != "alarm" and row["step"] - self.acted_at >= self.settings.window:
             await self._act(place, row["step"])
         for alarm in alarms:
-            await self._tell(f"{place}.{alarm.signal}", alarm)
+            task = asyncio.create_task(self._tell(f"{place}.{alarm.signal}", alarm))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
 
     async def _act(self, place: str, step: int) -> None:
         order = await self._order(f"guard-{place}", step)
@@ -167,7 +170,7 @@ class Guard:
         return "; ".join(str(alarm) for alarm in self.judge.raised)
 
     async def _tell(self, alarm_id: str, alarm: Alarm) -> None:
-        """Last, and noted after it was done: an alarm is rather told twice than never."""
+        """Noted after it was done: an alarm is rather told twice than never."""
         body = {
             "run": self.keys.run_id,
             "signal": alarm.signal,
@@ -181,14 +184,16 @@ class Guard:
             "at": time.time(),
         }
 
-        async def note() -> Any:
-            return await self.redis.hsetnx(self.keys.verdicts, alarm_id, orjson.dumps(body))
-
-        if not await insist(note, f"run {self.keys.run_id}: note an alarm", PATIENCE_SECONDS):
+        key, what = self.keys.verdicts, f"run {self.keys.run_id}: note an alarm"
+        if await insist(lambda: self.redis.hexists(key, alarm_id), what, PATIENCE_SECONDS):
             return
         ALARMS.labels(alarm.signal).inc()
         log.error("collapse guard: %s", alarm)
         if self.settings.webhook is not None:
-            task = asyncio.create_task(webhook.post(self.settings.webhook, body))
-            self._telling.add(task)
-            task.add_done_callback(self._telling.discard)
+            await webhook.post(self.settings.webhook, body)
+        await insist(lambda: self.redis.hset(key, alarm_id, orjson.dumps(body)), what, PATIENCE_SECONDS)
+
+    async def close(self) -> None:
+        """Let alarms be told that are being told."""
+        if self._telling:
+            await asyncio.wait(self._telling, timeout=TELL_SECONDS)

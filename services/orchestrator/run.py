@@ -157,6 +157,8 @@ class Loop:
                     if desk.tally.state != "finished":
                         log.info("training is over after %s", desk.watch.version)
                     desk.tally.state = "finished"
+                    if self.guard is not None:
+                        await self.guard.close()
                     if not self.stay:
                         return 0
                     await cancel(*probes)  # whether there still are servers matters no more
