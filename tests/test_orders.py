@@ -14,6 +14,9 @@ from services.contract import Version
 from services.queue import GroupQueue
 from services.redis import connect
 
+pytestmark = pytest.mark.timeout(900)
+SECONDS = 300.0
+"""A trainer starts in a few seconds; on a machine that does much else it takes minutes."""
 GUARD = {"action": "roll_back"}
 ORDERED = {"schedule": "constant", "warmup": 0, "checkpoints": {"every": STEPS, "keep": 2}}
 
@@ -69,27 +72,27 @@ def ordered(tiny_model, redis_url, tmp_path_factory):
     at = [number * GROUPS_PER_STEP for number in range(STEPS + 1)]
     try:
         run.push(0, at[2])
-        run.start().wait_for(step=2, lineage=0)
+        run.start().wait_for(2, 0, SECONDS)
         order(run, RaiseBeta(id="raise", factor=2.0, cap=0.15, reason="a test"))
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + SECONDS
         while not obeyed(run):  # while it waits for groups
             assert time.monotonic() < ends
             time.sleep(0.05)
         run.push(at[2], at[3])
-        run.wait_for(step=3, lineage=0)
+        run.wait_for(3, 0, SECONDS)
         kill(run)
-        run.start("--resume").wait_for(step=3, lineage=1)
+        run.start("--resume").wait_for(3, 1, SECONDS)
         run.push(at[3], at[4])
-        run.wait_for(step=4, lineage=1)
+        run.wait_for(4, 1, SECONDS)
         order(run, Evaluated(id="look", version=Version(version=0), numbers={"accuracy": 0.5}, best=True))
         order(run, RollBack(id="back", before=2, rate_factor=0.5, reason="a test"))
-        run.wait_for(step=0, lineage=2)
+        run.wait_for(0, 2, SECONDS)
         kill(run)
-        run.start("--resume").wait_for(step=0, lineage=3)
+        run.start("--resume").wait_for(0, 3, SECONDS)
         push(run, run.groups[: at[3]], lineage=3)
-        run.wait_for(step=3, lineage=3)
+        run.wait_for(3, 3, SECONDS)
         order(run, Stop(id="stop", reason="a test says so"))
-        assert run.end() == 0, run.log.read_text()[-4000:]
+        assert run.end(SECONDS) == 0, run.log.read_text()[-4000:]
         yield run
     finally:
         run.close()
