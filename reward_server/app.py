@@ -35,8 +35,9 @@ from services.api import (
     SpecVersions,
 )
 from services.contract import GroupScores
-from services.http import HttpSettings, Problem, StartupError, create_app, remaining_seconds, require_admin
+from services.http import HttpSettings, Problem, create_app, remaining_seconds, require_admin
 from services.spec import RewardSpec
+from services.startup import StartupError
 from services.weights.follow import Follower
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from reward_server.presets import PRESETS
 from reward_server.reward import Reward
 from reward_server.rewards import REWARDS
 from reward_server.user_function import Function, NoReward
-from services.http import StartupError
+from services.startup import StartupError
 
 GROUP = "rlif.rewards"
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")

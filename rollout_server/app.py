@@ -17,8 +17,9 @@ from rollout_server.prompts import rollout_prompts
 from services import trail
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
 from services.contract import Version
-from services.http import HttpSettings, Problem, StartupError, create_app, remaining_seconds
+from services.http import HttpSettings, Problem, create_app, remaining_seconds
 from services.model_folder import model_folder
+from services.startup import StartupError
 from services.weights.follow import Follower
 
 log = logging.getLogger(__name__)

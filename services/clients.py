@@ -43,7 +43,7 @@ from services.api import (
     SpecsList,
     SpecVersions,
 )
-from services.problem import request_id
+from services.request import request_id
 from services.spec import RewardSpec
 
 log = logging.getLogger(__name__)

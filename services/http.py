@@ -37,7 +37,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import codec, traces
 from services.body import SMALL, NotPlain, TooMuch, read_json, read_msgpack
-from services.problem import Problem, field_name, problem_response, request_id, validation_problem
+from services.problem import Problem, field_name, problem_response, validation_problem
+from services.request import request_id
+from services.startup import StartupError
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +59,6 @@ SECONDS = Histogram(
     buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600),
 )
 IN_FLIGHT = Gauge("rlif_http_requests_in_flight", "Requests being served", ["service"])
-
-
-class StartupError(Exception):
-    """The service cannot start; the message is one line for the person who started it."""
 
 
 @dataclass(frozen=True)

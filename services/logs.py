@@ -12,8 +12,8 @@ from typing import Any, TextIO
 import orjson
 
 from services import traces, trail
-from services.http import StartupError
-from services.problem import request_id
+from services.request import request_id
+from services.startup import StartupError
 
 
 class _Text(logging.Formatter):

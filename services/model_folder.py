@@ -3,18 +3,26 @@
 from pathlib import Path
 from typing import Any
 
-from services.http import StartupError
+from services.startup import StartupError
+
+
+def check_local(model: str, key: str = "--model") -> Path | None:
+    """The folder that `model` names on this machine; none when it is a name for the hub. Raises StartupError, which
+    begins with `key`: there is no such folder, or it is not a model's."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise StartupError(f"{key} {model}: the folder has no config.json, so it is not a Hugging Face model")
+        return folder.resolve()
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise StartupError(f"{key} {model}: no such folder")
+    return None
 
 
 def model_folder(model: str, revision: str | None) -> Path:
     """The local folder of a model, fetched from the Hugging Face hub if `model` is a name. Raises StartupError."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise StartupError(f"--model {model}: the folder has no config.json, so it is not a Hugging Face model")
-        return folder.resolve()
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise StartupError(f"--model {model}: no such folder")
+    if folder := check_local(model):
+        return folder
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]

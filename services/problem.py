@@ -1,6 +1,5 @@
 """Error answers: RFC 9457 `application/problem+json`, with the field at fault and the request's id."""
 
-from contextvars import ContextVar
 from typing import Any
 
 import orjson
@@ -8,7 +7,7 @@ from fastapi import Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
+from services.request import request_id
 
 
 class Problem(Exception):

@@ -36,7 +36,7 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from services.http import StartupError
+from services.startup import StartupError
 from services.supervisor import die_with_parent
 
 log = logging.getLogger(__name__)

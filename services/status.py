@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from services import http
+from services.startup import StartupError
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ def serving_status(
 
     try:
         bound = http.listen(host, port)
-    except http.StartupError as error:
-        raise http.StartupError(f"tracking.metrics_port: the {service} {error}") from error
+    except StartupError as error:
+        raise StartupError(f"tracking.metrics_port: the {service} {error}") from error
     # In a thread uvicorn leaves the process's signals alone.
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="status", daemon=True)

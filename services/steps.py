@@ -9,6 +9,14 @@ class StepsError(ValueError):
     """The file does not hold a run's steps; the message names file and line."""
 
 
+def traces_of_training(run_dir: Path) -> str | None:
+    """What shows that a run trained in `run_dir`: a file's or folder's name; none when it never came to a step."""
+    steps = run_dir / "steps.jsonl"
+    if steps.exists() and steps.stat().st_size:
+        return steps.name
+    return "checkpoints" if (run_dir / "checkpoints").exists() else None
+
+
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """The surviving line of each step, in order. A restored trainer goes on in a newer lineage from its checkpoint
     (`start`), and what earlier lineages did after that step is lost.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from services.contract import Version
-from services.http import StartupError
+from services.startup import StartupError
 
 SERIES = "0.32"
 """The releases whose insides rlif's plug-ins know."""

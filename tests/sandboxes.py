@@ -5,7 +5,7 @@ import os
 import pytest
 
 from reward_server.sandbox.bubblewrap import Bubblewrap
-from services.http import StartupError
+from services.startup import StartupError
 
 
 async def started(sandbox: Bubblewrap) -> Bubblewrap:

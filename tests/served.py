@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from services.http import StartupError, listen
+from services.http import listen
+from services.startup import StartupError
 
 
 @contextmanager

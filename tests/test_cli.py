@@ -184,8 +184,8 @@ def test_damaged_model_files_are_one_line(tiny_model, tmp_path, kind):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").write_bytes(b"\xff" * 5000)
-    assert f"--model {folder}" in refused("serve", kind, "--model", folder, "--port", 0)
-    assert "Error while deserializing header" in refused("serve", kind, "--model", folder, "--port", 0)
+    line = refused("serve", kind, "--model", folder, "--port", 0)
+    assert f"--model {folder}" in line and "Error while deserializing header" in line
     shutil.copytree(tiny_model, tmp_path / "mute", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
     assert "no tokenizer" in refused("serve", kind, "--model", tmp_path / "mute", "--port", 0)
 
@@ -278,16 +278,16 @@ def test_a_redis_password_may_stay_in_the_environment(monkeypatch):
     assert recipe.redis_url(without) is None
 
 
-def test_a_start_that_came_to_nothing_may_be_tried_again(tmp_path):
+def test_a_start_that_came_to_nothing_may_be_tried_again(tiny_model, tmp_path):
     run_dir = tmp_path / "run"
     data = tmp_path / "tasks.jsonl"
-    data.write_text('{"id": "1", "prompt": "1+1", "answer": "2"}\n')
-    wrong = [f"run.dir={run_dir}", f"data.path={data}", f"model.path={tmp_path / 'no-model'}"]
+    data.write_text('{"id": "1", "question": "1+1", "answer": "2"}\n')
+    wrong = [f"run.dir={run_dir}", f"data.path={data}", f"model.path={tiny_model}"]
     for _ in range(2):
         done = rlif("up", DEMO, *wrong)
         assert done.returncode == 2, (done.stdout, done.stderr)
-        assert "no-model" in done.stdout + done.stderr
-    (run_dir / "steps.jsonl").write_text("")
+        assert "no field 'prompt'" in done.stdout + done.stderr
+    (run_dir / "steps.jsonl").write_text("{}\n")
     assert "--resume" in refused("up", DEMO, *wrong)
 
 

@@ -22,7 +22,8 @@ from reward_server.sandbox.sandboxfusion import SandboxFusion
 from reward_server.workers import Turn, WorkerPool
 from services.api import CompletionText, RewardGroup
 from services.contract import Reference, Task, TestCase
-from services.http import HttpSettings, StartupError
+from services.http import HttpSettings
+from services.startup import StartupError
 
 CRUXEVAL = Path(__file__).parents[2] / "shared" / "data" / "cruxeval.jsonl"
 DOUBLE = "```python\nprint(2 * int(input()))\n```"

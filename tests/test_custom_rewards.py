@@ -20,8 +20,8 @@ from reward_server.workers import Limits, Turn, WorkerPool
 from services.api import CompletionText, RewardGroup
 from services.cli.child import serving
 from services.contract import Message, Reference, Score, Task
-from services.http import StartupError
 from services.spec import RewardSpec, RewardTerm
+from services.startup import StartupError
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -18,7 +18,7 @@ from rollout_server.engines.sampling import Rows, choose, draw, draw_filtered
 from rollout_server.engines.stopping import StopStrings, cut
 from rollout_server.engines.transformers import TransformersEngine
 from services.contract import Sampling, Version
-from services.http import StartupError
+from services.startup import StartupError
 from services.weights.shapes import WeightsMismatch
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from reward_server.scorer.metrics import METRICS
 from reward_server.scorer.transformers import TransformersScorer
 from services import recipe
 from services.api import TokenSpan
-from services.http import StartupError
 from services.recipe import RecipeError
+from services.startup import StartupError
 
 SIGNED = {
     "self_certainty": ("self_certainty", 1),

@@ -23,13 +23,13 @@ from services import commands, http, recipe
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
 from services.clients import RewardClient
 from services.contract import Completion, ScoredGroup, Version, WeightVersion, group_seed
-from services.http import StartupError
 from services.keys import Keys
 from services.orchestrator.progress import RunFailed
 from services.orchestrator.run import orchestrate
 from services.queue import GroupQueue
 from services.redis import EmbeddedRedis, cancel, connect, connect_sync, insist
 from services.spec import RewardSpec
+from services.startup import StartupError
 from services.weights import pointer
 
 STEPS, PER_STEP = 5, 4

@@ -14,7 +14,6 @@ import pytest
 from redis.exceptions import ResponseError
 from scored_groups import make_groups
 
-from services.http import StartupError
 from services.queue import GroupQueue
 from services.redis import (
     LONGEST_SOCKET_PATH,
@@ -26,6 +25,7 @@ from services.redis import (
     shown,
     wait_for_redis,
 )
+from services.startup import StartupError
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from reward_server.rewards import REWARDS
 from services.api import CompletionText, RewardGroup
 from services.clients import Refused, RewardClient
 from services.contract import Outcome, Reference, Task, Version
-from services.http import HttpSettings, StartupError
+from services.http import HttpSettings
 from services.keys import Keys
 from services.redis import connect_sync
 from services.spec import RewardSpec, RewardTerm
+from services.startup import StartupError
 from services.weights.publish import Publisher
 
 SPEC = {"rewards": [{"name": "length", "params": {"scale": 1}}], "combine": {"normalize": "none"}}

@@ -21,8 +21,9 @@ from services import codec
 from services.api import RolloutRequest, RolloutsResponse
 from services.clients import Refused, RolloutClient, Unavailable
 from services.contract import Message, Sampling, Version
-from services.http import HttpSettings, StartupError
+from services.http import HttpSettings
 from services.redis import connect_sync
+from services.startup import StartupError
 from services.weights.publish import Publisher
 
 

@@ -12,7 +12,7 @@ from served import served
 
 from reward_server.sandbox.e2b import E2B
 from reward_server.sandbox.provider import Case, Limits, Program
-from services.http import StartupError
+from services.startup import StartupError
 
 pytest.importorskip("e2b")
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from services import http, recipe
-from services.http import StartupError
+from services.startup import StartupError
 from trainer.train import main
 from trainer.waits import Waits
 

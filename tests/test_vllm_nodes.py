@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from rollout_server.app import Settings, engine_settings
 from services.cli.launch import free_port
 from services.cli.main import app
-from services.http import StartupError
+from services.startup import StartupError
 
 SECONDS = 500.0
 

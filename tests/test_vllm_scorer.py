@@ -27,8 +27,8 @@ from reward_server.scorer.items import TokenItem
 from reward_server.scorer.metrics import METRICS
 from reward_server.scorer.transformers import TransformersScorer
 from services.contract import Version
-from services.http import StartupError
 from services.redis import connect_sync
+from services.startup import StartupError
 from services.weights.publish import Publisher
 
 pytest.importorskip("vllm")

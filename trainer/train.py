@@ -22,7 +22,7 @@ from services.queue import Entry
 from services.recipe import Recipe, RecipeError
 from services.redis import connect_sync
 from services.status import serving_status
-from services.steps import StepsError, read_steps
+from services.steps import StepsError, read_steps, traces_of_training
 from services.weights.publish import Publisher
 from trainer import checkpoint, metrics, policy
 from trainer import engine as engines
@@ -138,13 +138,11 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
 
 
 def _refuse_used_folder(recipe: Recipe, resume: bool) -> None:
-    for name in ("steps.jsonl", "checkpoints"):
-        path = recipe.run.dir / name
-        if not resume and path.exists():
-            raise RecipeError(
-                f"run.dir: {recipe.run.dir} holds a trained run already ({name}); go on with --resume, or choose "
-                "another folder"
-            )
+    if not resume and (found := traces_of_training(recipe.run.dir)):
+        raise RecipeError(
+            f"run.dir: {recipe.run.dir} holds a trained run already ({found}); go on with --resume, or choose "
+            "another folder"
+        )
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
 
 

@@ -27,7 +27,7 @@ from reward_server.sandbox.provider import (
     admitted,
     in_turn,
 )
-from services.http import StartupError
+from services.startup import StartupError
 
 NOBODY = "65534"
 PATH = "/usr/bin:/bin:/usr/local/bin"

@@ -3,7 +3,7 @@
 import os
 
 from reward_server.sandbox.provider import Sandbox
-from services.http import StartupError
+from services.startup import StartupError
 
 CHOICES = "none, bubblewrap, http://HOST:PORT (rlif serve sandbox), sandboxfusion=URL, piston=URL or e2b"
 TOKEN = "RLIF_SANDBOX_TOKEN"

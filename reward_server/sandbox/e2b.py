@@ -23,7 +23,7 @@ from reward_server.sandbox.provider import (
     admitted,
     in_turn,
 )
-from services.http import StartupError
+from services.startup import StartupError
 
 SOURCE: dict[Language, str] = {"python": "main.py", "cpp": "main.cpp"}
 RUN: dict[Language, str] = {"python": "python3 -I main.py", "cpp": "./main"}

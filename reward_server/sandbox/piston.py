@@ -24,7 +24,7 @@ from reward_server.sandbox.provider import (
     in_turn,
 )
 from reward_server.sandbox.wire import Fault, client, clipped, exchange
-from services.http import StartupError
+from services.startup import StartupError
 
 NAMES: dict[Language, tuple[str, str]] = {"python": ("python", "main.py"), "cpp": ("c++", "main.cpp")}
 CHECK_SECONDS = 20.0

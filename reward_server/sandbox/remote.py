@@ -8,7 +8,7 @@ from reward_server.sandbox.health import Health
 from reward_server.sandbox.provider import Case, CaseResult, Limits, Program, Reader, Sandbox
 from services.clients import CallError, DeadlinePassed, Refused, ServiceClient
 from services.contract import Wire
-from services.http import StartupError
+from services.startup import StartupError
 
 RETRY_SECONDS = 30.0
 CHECK_SECONDS = 30.0

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from services.http import StartupError
+from services.startup import StartupError
 
 if TYPE_CHECKING:
     from reward_server.app import Settings

@@ -21,7 +21,7 @@ from reward_server.scorer.vllm_plugin import ARCHITECTURES, PLUGIN, SWITCH, regi
 from reward_server.scorer.vllm_rows import Asked, Pass
 from services import vllm_process
 from services.contract import Version
-from services.http import StartupError
+from services.startup import StartupError
 from services.weights.shapes import Tensors
 
 vllm_process.prepare(SWITCH, PLUGIN)  # before vLLM is imported, which reads the environment then

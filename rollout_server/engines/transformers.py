@@ -21,8 +21,8 @@ from rollout_server.engines.cache import fits
 from rollout_server.engines.generation import Drawn, Emit, Row, generate, rows_of
 from rollout_server.engines.stopping import StopStrings, cut
 from services.contract import Completion, Version
-from services.http import StartupError
 from services.model_folder import attention_for
+from services.startup import StartupError
 from services.weights.shapes import check_shapes, tensor_shapes
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import httpx
 from rollout_server.engines.base import EngineSettings
 from rollout_server.engines.vllm import arguments
 from services import vllm_process
-from services.http import StartupError
+from services.startup import StartupError
 
 log = logging.getLogger(__name__)
 

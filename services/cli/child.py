@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import httpx
 
 from services.cli.launch import RLIF, free_port
-from services.http import StartupError
+from services.startup import StartupError
 from services.supervisor import die_with_parent
 
 

@@ -12,10 +12,10 @@ from services import logs, recipe
 from services.cli.launch import clear_untrained, only_one, prepare_run_dir, write_private
 from services.cli.progress import Progress
 from services.cli.recipes import check_rewards
-from services.http import StartupError
 from services.launch import credentials
 from services.launch.plan import Plan, fill, make
 from services.recipe import Recipe
+from services.startup import StartupError
 from services.supervisor import Service
 
 app = typer.Typer(no_args_is_help=True, help="Run a recipe over several machines.")

@@ -8,19 +8,20 @@ import socket
 import sysconfig
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from services import logs, recipe
-from services.cli.child import serving
 from services.cli.run import run_recipe
 from services.demo.arms import ARMS, Arm, rewards
-from services.demo.evaluation import Evaluation
-from services.demo.report import Report
-from services.http import StartupError
+from services.startup import StartupError
+
+if TYPE_CHECKING:
+    from services.demo.evaluation import Evaluation
+    from services.demo.report import Report
 
 RECIPES = (Path(__file__).parent.parent.parent / "recipes", Path(sysconfig.get_path("data")) / "share/rlif/recipes")
 """Of a checkout, of an installed package."""
@@ -67,7 +68,8 @@ def _base_model(base: Path, seed: int, console: Console) -> Path:
     return base
 
 
-def _evaluate(model: Path, problems: int, seed: int, console: Console) -> Evaluation:
+def _evaluate(model: Path, problems: int, seed: int, console: Console) -> "Evaluation":
+    from services.cli.child import serving
     from services.demo.evaluation import evaluate
 
     one = ("--threads", "1")
@@ -80,8 +82,10 @@ def _evaluate(model: Path, problems: int, seed: int, console: Console) -> Evalua
         return asyncio.run(evaluate(rollout_url, reward_url, problems, seed=seed, token=token))
 
 
-def _base_evaluation(base: Path, problems: int, seed: int, console: Console) -> Evaluation:
+def _base_evaluation(base: Path, problems: int, seed: int, console: Console) -> "Evaluation":
     """Kept beside the base model: the arms of one seed start from the same figures."""
+    from services.demo.evaluation import Evaluation
+
     kept = base / f"evaluation-{problems}.json"
     if not kept.exists():
         kept.write_text(_evaluate(base, problems, seed, console).model_dump_json())
@@ -102,7 +106,9 @@ def _check_arm(reward: str) -> Arm:
     return reward
 
 
-def run_demo(reward: Arm, seed: int, folder: Path, steps: int | None, problems: int, console: Console) -> Report | int:
+def run_demo(
+    reward: Arm, seed: int, folder: Path, steps: int | None, problems: int, console: Console
+) -> "Report | int":
     """One arm with one seed, from the base model to the report; an exit code when the run did not finish."""
     from services.demo import report, task
     from trainer.export import export

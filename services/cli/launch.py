@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from services import recipe as recipes
-from services.http import StartupError
 from services.recipe import Recipe
+from services.startup import StartupError
+from services.steps import traces_of_training
 from services.supervisor import Service
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
 def prepare_run_dir(recipe: Recipe, resume: bool) -> None:
     """Raises StartupError when the folder belongs to an earlier run and `resume` was not asked for, or the reverse."""
     there = (recipe.run.dir / "recipe.yaml").exists()
-    if there and not resume and _trained(recipe.run.dir):
+    if there and not resume and traces_of_training(recipe.run.dir):
         raise StartupError(
             f"run.dir {recipe.run.dir} holds a run already: go on with --resume, or choose another run.dir"
         )
@@ -80,13 +81,9 @@ def prepare_run_dir(recipe: Recipe, resume: bool) -> None:
         raise StartupError(f"run.dir {recipe.run.dir} cannot be made: {error.strerror}") from error
 
 
-def _trained(run_dir: Path) -> bool:
-    return any((run_dir / name).exists() for name in ("steps.jsonl", "checkpoints"))
-
-
 def clear_untrained(run_dir: Path) -> None:
     """A start that came to nothing must not stand in the way of the next, nor leave it groups of another recipe."""
-    if (run_dir / "recipe.yaml").exists() and not _trained(run_dir):
+    if (run_dir / "recipe.yaml").exists() and not traces_of_training(run_dir):
         for name in ("redis", "weights", "model", "logs"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
 

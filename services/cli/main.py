@@ -12,9 +12,9 @@ import typer
 
 from services import traces
 from services.cli import clusters, demo, recipes, run, score, serve
-from services.http import StartupError
 from services.recipe import RecipeError
 from services.redis import DeadlineExceeded
+from services.startup import StartupError
 from services.supervisor import EXIT_FAILED, EXIT_REFUSED
 
 app = typer.Typer(

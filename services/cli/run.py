@@ -12,7 +12,8 @@ from rich.console import Console
 from services import logs, recipe
 from services.cli.recipes import check_rewards
 from services.cli.watch import watch
-from services.http import StartupError
+from services.model_folder import check_local
+from services.startup import StartupError
 from services.supervisor import die_with_parent
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
 
     prepare_run_dir(chosen, resume)
     with only_one(chosen.run.dir):
+        check_local(chosen.model.path, "model.path")  # sooner than the servers would
         services, filled = plan(chosen, resume)
         run_dir = filled.run.dir
         console.print(f"run {filled.run.name} in {run_dir} (logs in {run_dir / 'logs'})", highlight=False)

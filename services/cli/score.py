@@ -18,7 +18,7 @@ from rich.table import Table
 from reward_server.scorer.metrics import METRICS, TOP_K
 from services import logs
 from services.api import ScoreItem, ScoreResponse
-from services.http import StartupError
+from services.startup import StartupError
 
 if TYPE_CHECKING:
     from services.clients import BlockingRewardClient

@@ -9,9 +9,11 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from services import http, recipe
+from services import recipe
 from services.cli.watch import watch
+from services.model_folder import check_local
 from services.spec import RewardSpec
+from services.startup import StartupError
 
 app = typer.Typer(no_args_is_help=True, help="Start one server.")
 
@@ -39,17 +41,17 @@ RunName = Annotated[str | None, typer.Option("--run", help="Name of the run to f
 
 def _check_follow(follow: str | None, run: str | None) -> None:
     if (follow is None) != (run is None):
-        raise http.StartupError("--follow and --run belong together: give both or neither")
+        raise StartupError("--follow and --run belong together: give both or neither")
 
 
 def _check_choice(option: str, given: str, valid: tuple[str, ...]) -> None:
     if given not in valid:
-        raise http.StartupError(f"{option} {given}: choose {', '.join(valid[:-1])} or {valid[-1]}")
+        raise StartupError(f"{option} {given}: choose {', '.join(valid[:-1])} or {valid[-1]}")
 
 
 def _load(recipe_file: Path | None, overrides: list[str] | None) -> recipe.Recipe | None:
     if recipe_file is None and overrides:
-        raise http.StartupError(f"{overrides[0]!r}: overrides are of a recipe; name it with --recipe")
+        raise StartupError(f"{overrides[0]!r}: overrides are of a recipe; name it with --recipe")
     return recipe.load(recipe_file, overrides) if recipe_file else None
 
 
@@ -58,12 +60,12 @@ def read_spec(path: Path) -> RewardSpec:
     try:
         return RewardSpec.model_validate(yaml.safe_load(path.read_text()))
     except OSError as error:
-        raise http.StartupError(f"--spec {path}: {error.strerror}") from error
+        raise StartupError(f"--spec {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise http.StartupError(f"--spec {path} is not YAML: {error}") from error
+        raise StartupError(f"--spec {path} is not YAML: {error}") from error
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc'])) or 'spec'}: {e['msg']}" for e in error.errors(include_url=False)]
-        raise http.StartupError(f"--spec {path}: " + "; ".join(faults)) from error
+        raise StartupError(f"--spec {path}: " + "; ".join(faults)) from error
 
 
 def _limit_threads(threads: int | None) -> None:
@@ -118,12 +120,15 @@ def reward(
     _check_choice("--dtype", dtype, DTYPES)
     _check_choice("--engine", engine, ("transformers", "vllm"))
     if match and follow is None:
-        raise http.StartupError("--match: there are no weights to wait for without --follow and --run")
+        raise StartupError("--match: there are no weights to wait for without --follow and --run")
     if engine == "vllm" and model is None and recipe_file is None:
-        raise http.StartupError("--engine vllm: give the model that it is to score with, --model")
+        raise StartupError("--engine vllm: give the model that it is to score with, --model")
     chosen = _load(recipe_file, overrides)
     _limit_threads(chosen.scorer.threads if chosen else threads)
+    if served := chosen.model.path if chosen else model:
+        check_local(served, "model.path" if chosen else "--model")  # sooner than importing torch takes
     from reward_server import app as reward_app
+    from services import http
 
     if chosen:
         settings = reward_app.Settings(
@@ -208,10 +213,12 @@ def rollout(
     _check_choice("--dtype", dtype, DTYPES)
     chosen = _load(recipe_file, overrides)
     if chosen is None and model is None:
-        raise http.StartupError("--model: give a Hugging Face name or a local folder (or --recipe)")
+        raise StartupError("--model: give a Hugging Face name or a local folder (or --recipe)")
     _check_choice("--engine", engine, ("transformers", "vllm"))
     _limit_threads(chosen.rollout.threads if chosen else threads)
+    check_local(chosen.model.path if chosen else str(model), "model.path" if chosen else "--model")
     from rollout_server import app as rollout_app
+    from services import http
 
     if chosen:
         settings = rollout_app.Settings(
@@ -280,9 +287,10 @@ def sandbox(
     watch("sandbox")
     from reward_server.sandbox import app as sandbox_app
     from reward_server.sandbox.bubblewrap import TOOLS, Bubblewrap
+    from services import http
 
     wanted = frozenset(languages.split(",")) if languages else frozenset()
     for language in sorted(wanted - set(TOOLS)):
-        raise http.StartupError(f"--languages {language}: choose from {', '.join(TOOLS)}")
+        raise StartupError(f"--languages {language}: choose from {', '.join(TOOLS)}")
     bubblewrap = Bubblewrap(wanted, concurrency, queue)
     http.serve(sandbox_app.create(http.settings_from_environment(host), bubblewrap), host, port)

@@ -3,7 +3,7 @@
 import os
 
 from services import logs, traces
-from services.http import StartupError
+from services.startup import StartupError
 
 
 def watch(service: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from services.http import StartupError
+from services.startup import StartupError
 
 POLL_SECONDS = 0.2
 

@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 
 from services.cli.launch import write_private
-from services.http import StartupError
+from services.startup import StartupError
 
 NAMES = ("RLIF_API_TOKEN", "RLIF_ADMIN_TOKEN", "RLIF_REDIS_URL")
 PASSWORD = "redis_password"

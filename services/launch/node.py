@@ -17,12 +17,12 @@ import httpx
 
 from services import recipe as recipes
 from services.cli.launch import only_one
-from services.http import StartupError
 from services.launch import credentials
 from services.launch.board import Board, Ended, Outcome
 from services.launch.parts import Node, Workplace, choose_ports
 from services.launch.plan import make
 from services.recipe import RecipeError
+from services.startup import StartupError
 from services.supervisor import EXIT_FAILED, EXIT_REFUSED, Service, supervise
 
 log = logging.getLogger(__name__)

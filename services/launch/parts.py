@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.cli.launch import RLIF, environment, free_port, write_private
-from services.http import StartupError
 from services.launch.plan import Part, Plan
 from services.recipe import Recipe
 from services.redis import DURABLE, server_binary
+from services.startup import StartupError
 from services.supervisor import Service
 
 TRAINER_RESTARTS = 3

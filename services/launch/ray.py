@@ -19,9 +19,9 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from services.http import StartupError
 from services.launch.plan import Plan
 from services.recipe import Recipe
+from services.startup import StartupError
 from services.supervisor import EXIT_FAILED, die_with_parent
 
 log = logging.getLogger(__name__)

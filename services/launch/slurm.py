@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.http import StartupError
 from services.launch.plan import Plan
 from services.recipe import Recipe
+from services.startup import StartupError
 
 WAIT_SECONDS = 300
 """How long the other tasks may go on after the first has ended: all end together, unless one was killed."""

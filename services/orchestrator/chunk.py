@@ -17,9 +17,9 @@ from services.orchestrator.pacing import Pace
 from services.orchestrator.progress import GROUPS, SECONDS, RunFailed, Tally, Watch, made_by, newest_of
 from services.orchestrator.routing import RETRIES
 from services.orchestrator.servers import Servers
-from services.problem import request_id
 from services.queue import GroupQueue, Undone
 from services.recipe import Recipe
+from services.request import request_id
 
 log = logging.getLogger(__name__)
 

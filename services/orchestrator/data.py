@@ -18,8 +18,8 @@ import orjson
 from pydantic import ValidationError
 
 from services.contract import Message, Reference, Task, group_id
-from services.http import StartupError
 from services.recipe import Data, Recipe
+from services.startup import StartupError
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ import orjson
 from services import commands
 from services.clients import CallError
 from services.commands import Finish, Stop
-from services.http import StartupError
 from services.keys import Keys
 from services.orchestrator import data
 from services.orchestrator.chunk import Chunk, Desk, finish
@@ -28,6 +27,7 @@ from services.orchestrator.servers import Servers
 from services.queue import GroupQueue
 from services.recipe import Recipe
 from services.redis import DeadlineExceeded, cancel, connect, insist, wait_for_redis
+from services.startup import StartupError
 from services.status import serving_status
 
 log = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ import os
 from typing import Any
 
 from services.clients import Refused, RewardClient, RolloutClient, ServerFault, ServiceClient
-from services.http import StartupError
 from services.orchestrator.routing import Routes
 from services.recipe import Recipe
 from services.spec import RewardSpec
+from services.startup import StartupError
 
 log = logging.getLogger(__name__)
 

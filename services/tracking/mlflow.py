@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.http import StartupError
+from services.startup import StartupError
 from services.recipe_watching import Mlflow
 from services.tracking import identity
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.http import StartupError
+from services.startup import StartupError
 from services.recipe_watching import Wandb
 from services.tracking import identity
 

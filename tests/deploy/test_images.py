@@ -22,7 +22,8 @@ from services import recipe
 from services.cli import demo
 from services.cli.main import app
 from services.demo.base_model import make_demo_model
-from services.http import HttpSettings, StartupError, create_app
+from services.http import HttpSettings, create_app
+from services.startup import StartupError
 
 TARGETS = (*PARTS, "rollout-gpu", "reward-gpu", "trainer-gpu")
 ARGUMENTS: dict[str, str] = {}

@@ -9,11 +9,11 @@ import pytest
 from cluster_recipe import write_recipe
 
 from services import recipe as recipes
-from services.http import StartupError
 from services.launch import credentials, node, plan
 from services.launch.board import Board, Ended, Outcome
 from services.launch.parts import Node, Workplace, bound
 from services.recipe import RecipeError
+from services.startup import StartupError
 
 ROOT = Path(__file__).parent.parent.parent
 JOBS = {"intuitor_math_7b": 5, "grpo_math_7b": 5, "intuitor_math_14b": 9, "grpo_math_14b": 9}

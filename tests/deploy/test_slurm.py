@@ -15,9 +15,9 @@ from slurm_cluster import HOW, has_slurm, job_facts, slurm
 from typer.testing import CliRunner
 
 from services.cli.main import app
-from services.http import StartupError
 from services.launch.slurm import seconds_of
 from services.recipe import RecipeError
+from services.startup import StartupError
 
 ROOT = Path(__file__).parent.parent.parent
 RLIF = [sys.executable, "-m", "services.cli.main"]
