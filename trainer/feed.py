@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+from services.contract import WeightVersion
 from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
-from services.redis import connect, insist, wait_for_redis
+from services.redis import cancel, connect, insist, wait_for_redis
+from services.weights import disk
 from trainer.waits import GROUPS_PATIENCE_SECONDS, REDIS_PATIENCE_SECONDS, Waits
 
 log = logging.getLogger(__name__)
@@ -21,6 +24,8 @@ Result = TypeVar("Result")
 
 START_SECONDS = 120.0
 STATUS_PATIENCE_SECONDS = 300.0
+FIRST_LOOK_SECONDS = 10.0
+"""A trainer that has waited this long for groups looks whether its newest weights are whole, then twice as long later."""
 
 
 class Feed:
@@ -36,6 +41,8 @@ class Feed:
         self.started = time.monotonic()
         self.tokens_per_second = 0.0
         self.stopping = False
+        self.published: WeightVersion | None = None
+        """The newest weights that this trainer published."""
         self._waiting: asyncio.Task[Any] | None = None
 
     def _ask(self, call: Coroutine[Any, Any, Result]) -> Result:
@@ -54,7 +61,8 @@ class Feed:
     def pull(self) -> list[Entry] | None:
         """One step's groups, by their place in the run's order; none when a signal asked to stop.
 
-        Raises DeadlineExceeded after `trainer.batch_deadline_seconds`.
+        Raises DeadlineExceeded after `trainer.batch_deadline_seconds`, and DamagedWeights: nobody can load what was
+        published, so nothing will come. Whoever starts again publishes anew.
         """
         what = f"{self.recipe.trainer.groups_per_step} scored groups from the orchestrator"
         try:
@@ -72,9 +80,28 @@ class Feed:
         try:
             if self.stopping:
                 return None
-            return await self.queue.pull(trainer.groups_per_step, trainer.batch_deadline_seconds)
+            pulling = asyncio.create_task(self.queue.pull(trainer.groups_per_step, trainer.batch_deadline_seconds))
+            looking = asyncio.create_task(self._look_at_weights())
+            try:
+                await asyncio.wait({pulling, looking}, return_when=asyncio.FIRST_COMPLETED)
+                return pulling.result() if pulling.done() else looking.result()
+            finally:
+                await cancel(pulling, looking)
         finally:
             self._waiting = None
+
+    async def _look_at_weights(self) -> None:
+        """Never returns. Raises DamagedWeights."""
+        pause = FIRST_LOOK_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            pause *= 2
+            weights = self.published
+            if weights is not None and weights.transport == "disk":
+                try:
+                    await asyncio.to_thread(disk.verify, Path(weights.location), weights.manifest)
+                except disk.DamagedWeights as error:
+                    raise disk.DamagedWeights(f"the published weights {weights.id} are damaged: {error}") from error
 
     def begin(self, entries: Sequence[Entry]) -> None:
         self._ask(self.queue.begin(entries))

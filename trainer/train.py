@@ -74,7 +74,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
         policy.save_files(recipe.model, files)
         publisher = Publisher(connect_sync(redis_url), recipe.run.name, recipe.weights_dir, recipe.weights.keep)
         records = metrics.StepLog(run_dir, trainer.steps, start, recipe.tracking.tensorboard)
-    seconds = {"publish": _publish(publisher, trained, progress, files, trainer.zero_stage == 3)}
+    seconds = {"publish": _publish(publisher, trained, progress, files, trainer.zero_stage == 3, feed)}
 
     durable = progress.step
     while progress.step < trainer.steps:
@@ -89,7 +89,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
             result = train_step(engine, reference, batch, progress.step, trainer, ranks)
             progress.step += 1
             progress.unacknowledged += [entry.entry_id for entry in entries]
-            seconds["publish"] = _publish(publisher, trained, progress, files, trainer.zero_stage == 3)
+            seconds["publish"] = _publish(publisher, trained, progress, files, trainer.zero_stage == 3, feed)
         if feed is not None and records is not None:
             _note(feed, records, progress, start, entries, result, seconds)
         seconds = {}
@@ -178,14 +178,19 @@ def _next_batch(
 
 
 def _publish(
-    publisher: Publisher | None, trained: policy.Policy, progress: Progress, files: Path, gather: bool
+    publisher: Publisher | None,
+    trained: policy.Policy,
+    progress: Progress,
+    files: Path,
+    gather: bool,
+    feed: Feed | None,
 ) -> float:
     """Seconds it took. With partitioned weights every rank takes part in gathering them."""
     began = time.perf_counter()
-    if publisher is not None:
+    if publisher is not None and feed is not None:
         version = Version(lineage=progress.lineage, version=progress.step)
         with traces.span("publish weights", weight_version=str(version)):
-            publisher.publish(version, policy.tensors(trained, gather), files)
+            feed.published = publisher.publish(version, policy.tensors(trained, gather), files)
     elif gather:
         for _ in policy.tensors(trained, gather):
             pass
