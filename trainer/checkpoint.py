@@ -2,9 +2,9 @@
 
 `<run>/checkpoints/<lineage>-<step>/` holds `state.json` and, for each rank that wrote it, a folder of safetensors
 (`rank-0`, ...) with a `tensors.json` that has every tensor's file and checksum. A tensor is `kind/start/parameter`: the
-elements from `start` on of the flattened parameter, of one kind (trainer.fragments), so that any number of ranks and any
-ZeRO stage reads it. A checkpoint is written aside, synced, and renamed: a folder with a proper name is whole, unless its
-disk spoilt it, which the checksums tell. `latest` and `best` are files that name one.
+elements from `start` on of the flattened parameter, of one kind (trainer.fragments), so that any number of ranks and
+any ZeRO stage reads it. A checkpoint is written aside, synced, and renamed: a folder with a proper name is whole,
+unless its disk spoilt it, which the checksums tell. `latest` and `best` are files that name one.
 """
 
 import json

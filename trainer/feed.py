@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 START_SECONDS = 120.0
 STATUS_PATIENCE_SECONDS = 300.0
 FIRST_LOOK_SECONDS = 10.0
-"""A trainer that has waited this long for groups looks whether its newest weights are whole, then twice as long later."""
+"""A trainer that waits this long for groups looks whether its newest weights are whole; later ever more seldom."""
 
 
 class Feed:
