@@ -7,7 +7,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test test-fast test-containers test-nodes test-slurm test-ray lint format demo demo-all clean
+.PHONY: help setup test test-fast test-containers test-nodes faults test-slurm test-ray lint format demo demo-all clean
 
 help: ## Show this list.
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -49,13 +49,16 @@ test: $(VENV)/.setup ## Run every test (brings vLLM's CPU build where this machi
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(VENV)/.setup ## Run the tests that need neither vLLM nor minutes.
-	$(BIN)/python -m pytest -m 'not vllm and not slow and not containers and not slurm and not ray and not nodes' $(ARGS)
+	$(BIN)/python -m pytest -m 'not vllm and not slow and not containers and not slurm and not ray and not nodes and not faults' $(ARGS)
 
 test-containers: $(VENV)/.setup ## Build the images and run compose.yaml with podman (many minutes; docs/docker.md).
 	$(BIN)/python -m pytest -m containers -rs $(ARGS)
 
 test-nodes: $(VENV)/.setup ## Serve one vLLM engine from two nodes on this machine (a minute or more; needs make setup VLLM=cpu).
 	$(BIN)/python -m pytest -m nodes $(ARGS)
+
+faults: $(VENV)/.setup ## Break whole runs at random: 50 kills, full and slow disk, clock jumps (half an hour; RLIF_FAULT_SEED=n).
+	$(BIN)/python -m pytest -m faults -s tests/faults $(ARGS)
 
 test-slurm: $(VENV)/.setup ## Run jobs on a real Slurm of three nodes on this machine (needs slurm-wlm and munge).
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || { echo "test-slurm: Slurm is missing: apt-get install slurm-wlm munge"; exit 2; }

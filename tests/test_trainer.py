@@ -449,7 +449,7 @@ def test_a_damaged_checkpoint_is_passed_over(runs, tmp_path, caplog, fault):
     run = runs[1]
     folder = tmp_path / "checkpoints"
     shutil.copytree(run.dir / "checkpoints", folder)
-    victim = next((folder / "2-6" / "engine").glob("*optim_states.pt"))
+    victim = folder / "2-6" / "rank-0" / "model.safetensors"
     if fault == "truncated":
         os.truncate(victim, victim.stat().st_size // 2)
     elif fault == "flipped":
@@ -476,7 +476,7 @@ def test_the_best_checkpoint_is_named_verified_and_replaced(runs, tmp_path, capl
     for absent in ("2-5", ".", "latest"):
         with pytest.raises(ValueError, match="no checkpoint"):
             checkpoint.mark_best(folder, absent)
-    victim = next((folder / "2-4" / "engine").iterdir())
+    victim = folder / "2-4" / "rank-0" / "model.safetensors"
     os.truncate(victim, victim.stat().st_size // 2)
     assert checkpoint.best(folder, run.recipe) is None and "2-4 is damaged" in caplog.text
 

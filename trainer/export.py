@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from services import recipe as recipes
 from services.contract import Version, WeightVersion
 from services.recipe import RecipeError
 from services.weights import disk
-from trainer import checkpoint
+from trainer import checkpoint, pieces
 
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
 
@@ -38,7 +38,7 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     else:
         version, folder = saved
         aside.mkdir(parents=True)
-        manifest = disk.write_tensors(aside, _tensors(folder).items())
+        manifest = disk.write_tensors(aside, _tensors(folder))
         disk.copy_config(run_dir / "model", aside, manifest)
     if out_dir.exists():
         out_dir.rmdir()
@@ -69,27 +69,11 @@ def _sound(folder: Path) -> bool:
     return True
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The policy's weights out of a DeepSpeed checkpoint of any ZeRO stage and number of ranks, in the model's dtype.
-
-    Of tied weights, one name is kept.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    state = checkpoint.state(folder)
-    dtype = getattr(torch, state["identity"]["model.dtype"])
-    if state["identity"]["trainer.zero_stage"] == 0:
-        # Our own file, verified by its checksum.
-        path = folder / checkpoint.TAG / "mp_rank_00_model_states.pt"
-        whole = torch.load(path, map_location="cpu", weights_only=False)["module"]
-    else:
-        whole = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoint.TAG)
-    tensors: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in whole.items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            tensors[name.removeprefix("model.")] = tensor
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor.clone() for name, tensor in tensors.items()
-    }
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's weights out of a checkpoint, under their Hugging Face names, in the model's dtype."""
+    saved, about = pieces.Pieces(checkpoint.rank_folders(folder)), checkpoint.state(folder)
+    dtype = getattr(torch, about["identity"]["model.dtype"])
+    for name, shape in about["shapes"].items():
+        yield name.removeprefix("model."), saved.whole(name, shape).to(dtype)
+    for name in saved.names(pieces.BUFFER):
+        yield name.removeprefix("model."), saved.one(pieces.BUFFER, name)

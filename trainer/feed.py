@@ -8,13 +8,16 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from services import commands
 from services.commands import AnyOrder, Finish, Obeyed
+from services.contract import WeightVersion
 from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
 from services.redis import cancel, connect, insist, wait_for_redis
+from services.weights import disk
 from trainer.checkpoint import Progress
 from trainer.waits import GROUPS_PATIENCE_SECONDS, REDIS_PATIENCE_SECONDS, Waits
 
@@ -28,6 +31,8 @@ ORDER_SECONDS = 0.2
 """How often a trainer that waits looks for orders."""
 STEPS_KEPT = 100_000
 """Numbers of a step are about 1 KB: the guard reads them again when it starts."""
+FIRST_LOOK_SECONDS = 10.0
+"""A trainer that waits this long for groups looks whether its newest weights are whole; later ever more seldom."""
 
 
 class Feed:
@@ -43,6 +48,8 @@ class Feed:
         self.started = time.monotonic()
         self.tokens_per_second = 0.0
         self.stopping = self.finished = False
+        self.published: WeightVersion | None = None
+        """The newest weights that this trainer published."""
         self._waiting: asyncio.Task[Any] | None = None
 
     def _ask(self, call: Coroutine[Any, Any, Result]) -> Result:
@@ -71,7 +78,8 @@ class Feed:
         """One step's groups, by their place in the run's order; none when a signal asked to stop, and an empty list
         when there are orders to obey first.
 
-        Raises DeadlineExceeded after `trainer.batch_deadline_seconds`.
+        Raises DeadlineExceeded after `trainer.batch_deadline_seconds`, and DamagedWeights: nobody can load what was
+        published, so nothing will come. Whoever starts again publishes anew.
         """
         what = f"{self.recipe.trainer.groups_per_step} scored groups from the orchestrator"
         try:
@@ -90,15 +98,18 @@ class Feed:
             return None
         pulling = asyncio.create_task(self.queue.pull(trainer.groups_per_step, trainer.batch_deadline_seconds))
         ordering = asyncio.create_task(self._orders(progress, trainer.batch_deadline_seconds))
+        looking = asyncio.create_task(self._look_at_weights())
         try:
-            await asyncio.wait({pulling, ordering}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({pulling, ordering, looking}, return_when=asyncio.FIRST_COMPLETED)
+            if looking.done():
+                looking.result()  # raises
             if not pulling.done() and not await ordering:
                 return await pulling  # no order came either: what the queue says of the deadline counts
             await cancel(pulling)
             return [] if pulling.cancelled() else pulling.result()
         finally:
             self._waiting = None
-            await cancel(pulling, ordering)
+            await cancel(pulling, ordering, looking)
 
     async def _orders(self, progress: Progress, seconds: float = 0.0) -> list[AnyOrder]:
         """The orders that are due, waiting at most so many seconds for the first."""
@@ -172,6 +183,19 @@ class Feed:
             await self.redis.xadd(self.queue.keys.steps, fields, maxlen=STEPS_KEPT, approximate=True)
 
         self._ask(insist(add, f"run {self.recipe.run.name}: a step's numbers", STATUS_PATIENCE_SECONDS))
+
+    async def _look_at_weights(self) -> None:
+        """Never returns. Raises DamagedWeights."""
+        pause = FIRST_LOOK_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            pause *= 2
+            weights = self.published
+            if weights is not None and weights.transport == "disk":
+                try:
+                    await asyncio.to_thread(disk.verify, Path(weights.location), weights.manifest)
+                except disk.DamagedWeights as error:
+                    raise disk.DamagedWeights(f"the published weights {weights.id} are damaged: {error}") from error
 
     def begin(self, entries: Sequence[Entry]) -> None:
         self._ask(self.queue.begin(entries))

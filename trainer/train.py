@@ -82,7 +82,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
     if recipe.has_orders and progress.step == 0:
         # The first weights may turn out to be the best, or the only ones from before a collapse.
         _checkpoint(engine, recipe, progress, ranks, feed)
-    seconds = {"publish": _publish(publisher, trained, progress, files, trainer.zero_stage == 3)}
+    seconds = {"publish": _publish(publisher, trained, progress, files, trainer.zero_stage == 3, feed)}
 
     durable, stopped = progress.step, False
     while not stopped:
@@ -95,7 +95,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
                 if back is not progress:
                     progress, start, durable = back, back.step, back.step
                     _checkpoint(engine, recipe, progress, ranks, feed)
-                    _publish(publisher, trained, progress, files, trainer.zero_stage == 3)
+                    _publish(publisher, trained, progress, files, trainer.zero_stage == 3, feed)
             else:
                 effect = obey(order, recipe, progress, records)
             if isinstance(order, Stop):
@@ -118,7 +118,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
             result = train_step(engine, reference, batch, progress.step, adjusted(trainer, progress), ranks)
             progress.step += 1
             progress.unacknowledged += [entry.entry_id for entry in entries]
-            seconds["publish"] = _publish(publisher, trained, progress, files, trainer.zero_stage == 3)
+            seconds["publish"] = _publish(publisher, trained, progress, files, trainer.zero_stage == 3, feed)
         if feed is not None and records is not None:
             _note(feed, records, progress, start, entries, result, seconds)
         seconds = {}
@@ -242,14 +242,19 @@ def _next(
 
 
 def _publish(
-    publisher: Publisher | None, trained: policy.Policy, progress: Progress, files: Path, gather: bool
+    publisher: Publisher | None,
+    trained: policy.Policy,
+    progress: Progress,
+    files: Path,
+    gather: bool,
+    feed: Feed | None,
 ) -> float:
     """Seconds it took. With partitioned weights every rank takes part in gathering them."""
     began = time.perf_counter()
-    if publisher is not None:
+    if publisher is not None and feed is not None:
         version = Version(lineage=progress.lineage, version=progress.step)
         with traces.span("publish weights", weight_version=str(version)):
-            publisher.publish(version, policy.tensors(trained, gather), files)
+            feed.published = publisher.publish(version, policy.tensors(trained, gather), files)
     elif gather:
         for _ in policy.tensors(trained, gather):
             pass

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.startup import StartupError
 from services.recipe_watching import Wandb
+from services.startup import StartupError
 from services.tracking import identity
 
 START_SECONDS = 90.0
