@@ -277,6 +277,8 @@ class Evaluation(Section):
     @field_validator("rewards")
     @classmethod
     def spec_is_sound(cls, rewards: str | list[RewardTerm]) -> str | list[RewardTerm]:
+        if not rewards:
+            raise ValueError("list at least one judge, or name a spec")
         if isinstance(rewards, list):
             RewardSpec(rewards=rewards)
         return rewards

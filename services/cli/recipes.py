@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 
 from services import recipe
+from services.control import CONTROLS, with_control
 from services.recipe import Recipe, RecipeError
+from services.startup import StartupError
 
 app = typer.Typer(no_args_is_help=True, help="Look at a recipe before it runs.")
 
@@ -38,6 +40,26 @@ def check_rewards(chosen: Recipe) -> None:
             message = str(error)
             where = message if message.startswith("rewards") else f"rewards: {message}"
             raise RecipeError(section + where) from error
+
+
+ControlArm = Annotated[
+    str | None, typer.Option("--control", help=f"A control arm of the recipe: {', '.join(CONTROLS)}.", metavar="ARM")
+]
+
+
+def load_arm(recipe_path: Path, overrides: list[str] | None, control: str | None) -> Recipe:
+    """The recipe, or a control arm of it. Raises RecipeError, and StartupError for an arm that there is not."""
+    chosen = recipe.load(recipe_path, overrides)
+    if control is None:
+        return chosen
+    if control not in CONTROLS:
+        raise StartupError(f"--control {control}: choose {', '.join(CONTROLS[:-1])} or {CONTROLS[-1]}")
+    from reward_server.specs import SpecError, named_spec
+
+    try:
+        return with_control(chosen, control, chosen.spec or named_spec(str(chosen.rewards)))
+    except SpecError as error:
+        raise RecipeError(f"rewards: {error}") from error
 
 
 def facts(chosen: Recipe) -> dict[str, object]:
@@ -76,7 +98,9 @@ def check(recipe_path: RecipePath, overrides: Overrides = None, as_json: AsJson 
 
 
 @app.command()
-def show(recipe_path: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """The recipe with every default written out."""
-    chosen = recipe.load(recipe_path, overrides)
+def show(
+    recipe_path: RecipePath, overrides: Overrides = None, control: ControlArm = None, as_json: AsJson = False
+) -> None:
+    """The recipe, or a control arm of it, with every default written out: parts that run alone can be started on it."""
+    chosen = load_arm(recipe_path, overrides, control)
     typer.echo(json.dumps(chosen.model_dump(mode="json")) if as_json else recipe.dump(chosen), nl=as_json)
