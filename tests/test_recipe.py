@@ -160,7 +160,10 @@ def test_spec_ids_follow_content():
             ["evaluation={every: 5, rewards: grpo, data: {path: x, fields: {prompt: p}}}"],
             "evaluation.every: 5 is not a",
         ),
-        (["evaluation={every: 10, rewards: [], data: {path: x, fields: {prompt: p}}}"], "evaluation.rewards: list at least one judge"),
+        (
+            ["evaluation={every: 10, rewards: [], data: {path: x, fields: {prompt: p}}}"],
+            "evaluation.rewards: list at least one judge",
+        ),
     ],
 )
 def test_watching_that_cannot_work_is_refused(overrides, says):
