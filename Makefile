@@ -6,10 +6,10 @@ REWARD ?= self_certainty
 SEED ?= 0
 BIN := $(VENV)/bin
 # Tests that need no other engine than this machine has after setup. (Exit code 5: pytest found none to run.)
-HERE := not containers and not slurm and not ray and not nodes
+HERE := not containers and not slurm and not ray and not nodes and not faults
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test test-fast test-containers test-nodes test-slurm test-ray lint format demo demo-all clean
+.PHONY: help setup test test-fast test-containers test-nodes faults test-slurm test-ray lint format demo demo-all clean
 
 help: ## Show this list.
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -61,6 +61,9 @@ test-containers: $(VENV)/.setup ## Build the images and run compose.yaml with po
 
 test-nodes: $(VENV)/.setup ## Serve one vLLM engine from two nodes on this machine (a minute or more; needs make setup VLLM=cpu).
 	$(BIN)/python -m pytest -m nodes $(ARGS)
+
+faults: $(VENV)/.setup ## Break whole runs at random: 50 kills, full and slow disk, clock jumps (half an hour; RLIF_FAULT_SEED=n).
+	$(BIN)/python -m pytest -m faults -s tests/faults $(ARGS)
 
 test-slurm: $(VENV)/.setup ## Run jobs on a real Slurm of three nodes on this machine (needs slurm-wlm and munge).
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || { echo "test-slurm: Slurm is missing: apt-get install slurm-wlm munge"; exit 2; }

@@ -72,6 +72,14 @@ RUN: list[Panel] = [
     ("Gradient norm", "none", {"rlif_trainer_gradient_norm": "before clipping"}),
     ("Seconds of a second, by phase", "none", {rate("rlif_trainer_phase_seconds_sum", "phase"): "{{phase}}"}),
     (
+        "Diversity",
+        "percentunit",
+        {"rlif_trainer_distinct_bigrams_ratio": "distinct bigrams", "rlif_trainer_distinct_answers_ratio": "answers"},
+    ),
+    ("Evaluation", "none", {"rlif_evaluation_metric": "{{metric}}"}),
+    ("Collapse guard: signals over their baseline", "none", {"rlif_guard_baseline_ratio": "{{signal}}"}),
+    ("Collapse guard: alarms", "none", {"rlif_guard_alarm": "{{signal}}"}),
+    (
         "Tokens a second",
         "none",
         {rate("rlif_trainer_tokens_total"): "trained", rate("rlif_rollout_tokens_total"): "made"},

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Keys:
-    """`groups` stream of scored groups; `pushed` hash group id -> entry id (`dead` for buried ones); `dead` stream;
-    `attempts` hash entry id -> `count:token`; `lineage` int; `weights` JSON of the newest WeightVersion and
-    `weights_id` its `lineage.version`; `weights_news` the channel it is announced on; `followers` hash replica -> JSON;
-    `specs` hash name -> JSON; `status` hash service -> JSON."""
+    """`groups` stream of scored groups; `pushed` hash group id -> entry id (`dead` for buried ones, `left_out` for
+    unanimous ones); `dead` stream; `left_out` hash group id -> index; `attempts` hash entry id -> `count:token`;
+    `lineage` int, and `floor` the lowest one whose groups count (a roll-back sets it); `weights` JSON of the newest
+    WeightVersion and `weights_id` its `lineage.version`; `weights_news` the channel it is announced on; `followers`
+    hash replica -> JSON; `specs` hash name -> JSON; `status` hash service -> JSON; `steps` stream of what the trainer
+    measured; `commands` list of orders to the trainer, `command_ids` the set of their ids, `commands_obeyed` hash id ->
+    JSON; `evaluations` hash version -> JSON; `verdicts` hash id -> JSON of the guard's alarms."""
 
     run_id: str
 
@@ -58,3 +61,35 @@ class Keys:
     @property
     def status(self) -> str:
         return self._key("status")
+
+    @property
+    def floor(self) -> str:
+        return self._key("floor")
+
+    @property
+    def left_out(self) -> str:
+        return self._key("left_out")
+
+    @property
+    def steps(self) -> str:
+        return self._key("steps")
+
+    @property
+    def commands(self) -> str:
+        return self._key("commands")
+
+    @property
+    def command_ids(self) -> str:
+        return self._key("command_ids")
+
+    @property
+    def commands_obeyed(self) -> str:
+        return self._key("commands_obeyed")
+
+    @property
+    def evaluations(self) -> str:
+        return self._key("evaluations")
+
+    @property
+    def verdicts(self) -> str:
+        return self._key("verdicts")

@@ -45,6 +45,10 @@ class Fenced(Exception):
     """A newer trainer has taken over the run: this one must stop, nothing it does counts any more."""
 
 
+class Undone(Exception):
+    """The group was made before a roll-back: it has to be made again, by the policy that was gone back to."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A delivered group; `entry_id` is what checkpoints keep and `ack` takes. `trace` is the `traceparent` of the span
@@ -68,21 +72,23 @@ class DeadGroup:
 @dataclass(frozen=True)
 class Depth:
     """`queued`: pushed, not yet delivered; `pending`: delivered, not yet acknowledged; `dead`: dead-lettered.
-    `oldest_age_seconds`: by the server's clock, of the oldest group queued or pending; 0 when there is none."""
+    `oldest_age_seconds`: by the server's clock, of the oldest group queued or pending; 0 when there is none.
+    `left_out`: groups of one opinion, which are not trained on."""
 
     queued: int
     pending: int
     dead: int
     oldest_age_seconds: float
+    left_out: int = 0
 
 
 class GroupQueue:
     """One run's queue. `patience_seconds` is how long an operation outlasts a redis that is away before it raises
     DeadlineExceeded; `max_deliveries` how often an entry may be begun without being finished before it is buried.
 
-    Pushers use `push`, `bury`, `seen`. The consumer calls `claim_lineage`, `recall`, `recover`, then, for every step,
-    `pull`, `begin`, `finish`, and `ack` once a checkpoint holds the step. Its calls raise Fenced when another claimed
-    later.
+    Pushers use `push`, `bury`, `leave_out`, `seen`. The consumer calls `claim_lineage`, `recall`, `recover`, then, for
+    every step, `pull`, `begin`, `finish`, and `ack` once a checkpoint holds the step. Its calls raise Fenced when
+    another claimed later.
     """
 
     def __init__(self, redis: Redis, run_id: str, max_deliveries: int = 3, patience_seconds: float = 300.0):
@@ -103,10 +109,25 @@ class GroupQueue:
 
     async def push(self, group: ScoredGroup) -> bool:
         """Append a group unless its id was pushed or buried before; False then (also when a first attempt of this
-        very call took effect but redis went away before it could answer)."""
-        keys = [self.keys.groups, self.keys.pushed]
-        arguments = [group.group_id, group.index, codec.pack(group), traces.here()]
-        return bool(await self._run(scripts.PUSH, keys, arguments, f"push {group.group_id}"))
+        very call took effect but redis went away before it could answer). Raises Undone."""
+        keys = [self.keys.groups, self.keys.pushed, self.keys.floor]
+        lineage = min(completion.weight_version.lineage for completion in group.completions)
+        arguments = [group.group_id, group.index, codec.pack(group), traces.here(), lineage]
+        pushed = await self._run(scripts.PUSH, keys, arguments, f"push {group.group_id}")
+        if pushed < 0:
+            raise Undone(f"group {group.group_id} (index {group.index}) was made by lineage {lineage}, since undone")
+        return bool(pushed)
+
+    async def leave_out(self, group_id: str, index: int) -> bool:
+        """Note that a group is not to be trained on, and never to be pushed. False if it was pushed before."""
+        keys, arguments = [self.keys.left_out, self.keys.pushed], [group_id, index]
+        return bool(await self._run(scripts.LEAVE_OUT, keys, arguments, f"leave out {group_id}"))
+
+    async def left_out(self) -> list[int]:
+        """The indices of the groups that were left out."""
+        return [
+            int(i) for i in await self._insist(lambda: self.redis.hvals(self.keys.left_out), "read groups left out")
+        ]
 
     async def bury(self, group_id: str, index: int, reason: str, payload: bytes = b"") -> bool:
         """Give a group up: to the dead-letter stream, and never to be pushed again. False if it was pushed before."""
@@ -149,6 +170,19 @@ class GroupQueue:
         done = [entry_id for entry_id in self._next if entry_id in consumed]
         await self._acknowledge(done, self.lineage)
         log.info("run %s: %d groups come again, %d were consumed", self.run_id, len(self._next), len(done))
+
+    async def undo(self, groups: Iterable[str]) -> None:
+        """Go back: `groups` (ids), which were trained, and all that lie in the queue are forgotten, so that they are
+        made again; what an earlier lineage made is refused from now on. Call it between `claim_lineage` and `recall`.
+
+        It may be cut off and called again.
+        """
+        await self._run(scripts.RAISE_FLOOR, [self.keys.lineage, self.keys.floor], [self._fence], "raise the floor")
+        for ids in _batches(sorted(groups)):
+            await self._run(scripts.FORGET, [self.keys.lineage, self.keys.pushed], [self._fence, *ids], "forget groups")
+        keys = [self.keys.lineage, self.keys.groups, self.keys.pushed, self.keys.attempts]
+        await self._run(scripts.EMPTY, keys, [self._fence, GROUP], "empty the queue")
+        self._held, self._next = set(), {}
 
     async def pull(self, count: int, deadline_seconds: float) -> list[Entry]:
         """The next `count` groups. Entries that cannot be decoded, and those begun too often, are dead-lettered.
@@ -201,10 +235,12 @@ class GroupQueue:
 
     async def depth(self) -> Depth:
         """How much lies in the queue; also sets the `rlif_queue_*` gauges."""
-        answer = await self._run(scripts.DEPTH, [self.keys.groups, self.keys.dead], [GROUP], "read the queue's depth")
-        waiting, pending, dead, first, seconds, micros = answer
+        answer = await self._run(
+            scripts.DEPTH, [self.keys.groups, self.keys.dead, self.keys.left_out], [GROUP], "read the queue's depth"
+        )
+        waiting, pending, dead, first, seconds, micros, left_out = answer
         age = int(seconds) + int(micros) / 1e6 - int(first.split(b"-")[0]) / 1e3 if first else 0.0
-        depth = Depth(waiting - pending, pending, dead, max(0.0, age))
+        depth = Depth(waiting - pending, pending, dead, max(0.0, age), left_out)
         for state in ("queued", "pending", "dead"):
             ENTRIES.labels(self.run_id, state).set(getattr(depth, state))
         OLDEST.labels(self.run_id).set(depth.oldest_age_seconds)

@@ -1,6 +1,8 @@
 """What the queue does inside redis, in Lua, so that each of its operations happens whole or not at all."""
 
 PUSH = """
+local floor = redis.call('GET', KEYS[3])
+if floor and tonumber(ARGV[5]) < tonumber(floor) then return -1 end
 if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 0 end
 local fields = {'id', ARGV[1], 'index', ARGV[2], 'group', ARGV[3]}
 if ARGV[4] ~= '' then fields[7], fields[8] = 'trace', ARGV[4] end
@@ -12,6 +14,12 @@ BURY = """
 if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 0 end
 redis.call('XADD', KEYS[1], '*', 'id', ARGV[1], 'index', ARGV[2], 'group', ARGV[3], 'reason', ARGV[4])
 redis.call('HSET', KEYS[2], ARGV[1], 'dead')
+return 1
+"""
+LEAVE_OUT = """
+if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('HSET', KEYS[2], ARGV[1], 'left_out')
 return 1
 """
 CLAIM_LINEAGE = """
@@ -57,6 +65,32 @@ for i = 2, #ARGV do news = news + redis.call('HSETNX', KEYS[2], ARGV[i], 'traine
 return news
 """
 )
+RAISE_FLOOR = FENCE + "redis.call('SET', KEYS[2], ARGV[1])"
+# What was given up stays given up.
+FORGET = (
+    FENCE
+    + """
+for i = 2, #ARGV do
+  local entry = redis.call('HGET', KEYS[2], ARGV[i])
+  if entry and entry ~= 'dead' and entry ~= 'left_out' then redis.call('HDEL', KEYS[2], ARGV[i]) end
+end
+"""
+)
+EMPTY = (
+    FENCE
+    + """
+for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
+  local fields = entry[2]
+  for i = 1, #fields, 2 do
+    if fields[i] == 'id' then redis.call('HDEL', KEYS[3], fields[i + 1]) end
+  end
+end
+redis.pcall('XGROUP', 'DESTROY', KEYS[2], ARGV[2])
+redis.call('XTRIM', KEYS[2], 'MAXLEN', 0)
+redis.call('XGROUP', 'CREATE', KEYS[2], ARGV[2], '0', 'MKSTREAM')
+redis.call('DEL', KEYS[4])
+"""
+)
 DEAD_LETTER = (
     FENCE
     + """
@@ -72,5 +106,6 @@ DEPTH = """
 local waiting, pending = redis.call('XLEN', KEYS[1]), redis.pcall('XPENDING', KEYS[1], ARGV[1])
 local first, time = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1], redis.call('TIME')
 local delivered, dead = pending.err and 0 or pending[1], redis.call('XLEN', KEYS[2])
-return {waiting, delivered, dead, first and first[1] or '', time[1], time[2]}
+local left_out = redis.call('HLEN', KEYS[3])
+return {waiting, delivered, dead, first and first[1] or '', time[1], time[2], left_out}
 """

@@ -4,7 +4,7 @@ import os
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from services.algorithms import Objective, default_combine
 from services.contract import Sampling
+from services.recipe_watching import Guard, Tracking
 from services.section import Section
 from services.spec import Combine, RewardSpec, RewardTerm
 
@@ -197,10 +198,14 @@ class Scorer(Section):
 
 
 class Pacing(Section):
-    """`max_staleness: 0` is exact on-policy training."""
+    """`max_staleness: 0` is exact on-policy training. `dynamic_sampling` (DAPO, arXiv 2503.14476): groups whose
+    completions all have the same advantage are left out and replaced, at most `max_refill` for each group of a step;
+    beyond that they are trained on after all."""
 
     max_staleness: int = Field(1, ge=0)
     max_requests_in_flight: int = Field(64, ge=1)
+    dynamic_sampling: bool = False
+    max_refill: float = Field(3.0, gt=0)
 
 
 class Checkpoints(Section):
@@ -271,11 +276,48 @@ class Queue(Section):
     max_deliveries: int = Field(3, ge=1)
 
 
-class Tracking(Section):
-    """The trainer serves Prometheus metrics on `metrics_port`, the orchestrator on the next one (none: nobody does)."""
+class Evaluation(Section):
+    """Held-out tasks, answered and judged `every` so many steps (and before the first) by the run's own servers.
 
-    tensorboard: bool = True
-    metrics_port: int | None = Field(None, ge=1, le=65534)
+    `rewards` judge: terms, or the name of a spec. `best` names the metric of the best checkpoint: `accuracy` (of the
+    first term that judges), `accuracy.<term>`, `value.<term>`, `length`, `stopped` or `auc`; higher is better unless
+    `best_is` says lowest. `sampling` none: the rollout's own; `samples` completions of each task. `certainty`: also
+    whether the model is surer of right answers (`auc`; needs a scorer).
+    """
+
+    data: Data
+    every: int = Field(ge=1)
+    rewards: str | list[RewardTerm]
+    samples: int = Field(1, ge=1, le=1024)
+    sampling: Sampling | None = None
+    certainty: bool = True
+    best: str = Field("accuracy", min_length=1)
+    best_is: Literal["highest", "lowest"] = "highest"
+    tasks_per_request: int = Field(8, ge=1, le=1024)
+    max_requests_in_flight: int = Field(2, ge=1)
+
+    @field_validator("rewards")
+    @classmethod
+    def spec_is_sound(cls, rewards: str | list[RewardTerm]) -> str | list[RewardTerm]:
+        if not rewards:
+            raise ValueError("list at least one judge, or name a spec")
+        if isinstance(rewards, list):
+            RewardSpec(rewards=rewards)
+        return rewards
+
+    @property
+    def spec(self) -> RewardSpec | None:
+        """As `Recipe.spec`, with self-certainty measured beside the judges."""
+        if isinstance(self.rewards, str):
+            return None
+        is_there = any(term.key == "self_certainty" for term in self.rewards)
+        more = [RewardTerm(name="self_certainty", weight=0.0)] if self.certainty and not is_there else []
+        return RewardSpec(rewards=[*self.rewards, *more])
+
+    @property
+    def judge(self) -> str:
+        """The term that `accuracy` is of."""
+        return self.rewards if isinstance(self.rewards, str) else self.rewards[0].key
 
 
 class Recipe(Section):
@@ -292,6 +334,8 @@ class Recipe(Section):
     weights: Weights = Weights()
     queue: Queue = Queue()
     tracking: Tracking = Tracking()
+    evaluation: Evaluation | None = None
+    guard: Guard | None = Guard()
 
     @field_validator("rewards")
     @classmethod
@@ -343,6 +387,12 @@ class Recipe(Section):
                 "run.deterministic: the last bits of what scorer.engine vllm computes depend on what else is scored at "
                 "the time; use transformers"
             )
+        if self.run.deterministic and self.pacing.dynamic_sampling:
+            raise ValueError(
+                "run.deterministic: what replaces the groups that pacing.dynamic_sampling leaves out depends on which "
+                "end first; use one of the two"
+            )
+        self._is_watched_soundly()
         need = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens
         for part in ("rollout", "scorer"):
             limit = getattr(self, part).max_model_len
@@ -364,6 +414,21 @@ class Recipe(Section):
     def combined(self) -> Combine:
         """How the rewards that the recipe lists are joined: as it says, or as its algorithm has it."""
         return self.combine or default_combine(self.trainer.algorithm)
+
+    def _is_watched_soundly(self) -> None:
+        every = self.trainer.checkpoints.every
+        if self.evaluation is not None and self.evaluation.every % every:
+            raise ValueError(
+                f"evaluation.every: {self.evaluation.every} is not a multiple of trainer.checkpoints.every ({every}): "
+                "the best version needs a checkpoint"
+            )
+        if self.guard is not None and self.guard.action == "raise_beta" and self.trainer.kl_beta == 0:
+            raise ValueError("guard.action: raise_beta needs trainer.kl_beta above 0: at 0 no reference is loaded")
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether the trainer may be given orders, and so waits after its last step for the last of them."""
+        return self.evaluation is not None or (self.guard is not None and self.guard.action != "alarm")
 
     @property
     def spec(self) -> RewardSpec | None:
@@ -398,7 +463,8 @@ def _valid_here(location: tuple[int | str, ...]) -> str:
     section: Any = Recipe
     for part in location[:-1]:
         field = getattr(section, "model_fields", {}).get(part)
-        section = field.annotation if field is not None else None
+        kinds = get_args(field.annotation) or (field.annotation,) if field is not None else ()
+        section = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
     names = getattr(section, "model_fields", None)
     return f"; valid keys here: {', '.join(names)}" if names else ""
 

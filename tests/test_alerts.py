@@ -116,6 +116,9 @@ CASES = {
         band("rlif_trainer_completion_length_tokens", "300", "900"),
         band("rlif_trainer_completion_length_tokens", "300", "500"),
     ),
+    "RlifCollapseAlarm": Case(
+        10, {'rlif_guard_alarm{signal="length"}': "0x5 1x5"}, {'rlif_guard_alarm{signal="length"}': "0 1 0x8"}
+    ),
     "RlifRewardUpAccuracyDown": Case(110, reward_and_accuracy("2", "0.4"), reward_and_accuracy("2", "0.58")),
 }
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from prometheus_client import REGISTRY
 from served import served, two_free_ports
 
 from reward_server import app as reward_app
-from services import http, recipe
+from services import commands, http, recipe
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
 from services.clients import RewardClient
 from services.contract import Completion, ScoredGroup, Version, WeightVersion, group_seed
@@ -206,6 +207,33 @@ def make_recipe(tasks, tiny_model, request):
         return recipe.parse(tree, [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()])
 
     return make
+
+
+class WebHook:
+    """Somebody's: fails the first time."""
+
+    def __init__(self):
+        self.url, self.bodies, self.headers = "", [], []
+        self.app = FastAPI()
+        self.failed = False
+
+        @self.app.post("/hook")
+        async def hook(request: Request) -> dict:
+            if not self.failed:
+                self.failed = True
+                raise http.HTTPException(503)
+            self.bodies.append(await request.json())
+            self.headers.append(request.headers.get("authorization"))
+            return {}
+
+
+@pytest.fixture
+def web_hook(monkeypatch):
+    monkeypatch.setenv("RLIF_WEBHOOK_TOKEN", "hook secret")
+    hook = WebHook()
+    with served(hook.app) as url:
+        hook.url = f"{url}/hook"
+        yield hook
 
 
 @asynccontextmanager
@@ -682,3 +710,218 @@ async def test_one_cancellation_ends_a_task_that_talks_to_redis(clean):
         done, _ = await asyncio.wait([task], timeout=5)
         assert done and task.cancelled()
     await redis.aclose()
+
+
+# ---- dynamic sampling ------------------------------------------------------------------------------------------
+
+
+async def test_unanimous_groups_are_left_out_and_replaced(make_recipe, clean, rollouts, reward_server):
+    """A completion's text is its number, a task's answer is one too: groups of answers above 2 are all wrong."""
+    chosen = make_recipe(
+        pacing__max_staleness=0, pacing__dynamic_sampling=True, pacing__max_refill=20, data__shuffle=False
+    )
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    before = REGISTRY.get_sample_value("rlif_orchestrator_groups_total", {"outcome": "unanimous"}) or 0
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(2)
+    # Another orchestrator knows what the first left out.
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.train(STEPS - 2)
+        assert await over(task) == 0
+    taught = [index for index in range(200) if index % 13 < 3]
+    assert sorted(trainer.indices) == taught[: STEPS * PER_STEP]
+    assert set(trainer.staleness) == {0}
+    left_out = await trainer.queue.left_out()
+    last = max(trainer.indices)
+    assert set(range(last)) - set(trainer.indices) <= set(left_out) and not set(left_out) & set(trainer.indices)
+    assert REGISTRY.get_sample_value("rlif_orchestrator_groups_total", {"outcome": "unanimous"}) - before >= 40
+    assert (await trainer.queue.depth()).dead == 0
+
+
+async def test_refilling_has_an_end(make_recipe, clean, rollouts, reward_server, tasks, caplog):
+    tasks.write_text("".join(json.dumps({"q": f"say {n}", "a": "9", "id": f"t{n}"}) + "\n" for n in range(13)))
+    chosen = make_recipe(pacing__dynamic_sampling=True, pacing__max_refill=0.5)
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(STEPS)
+        assert await over(task) == 0
+    assert "unanimous groups since weights 0.0: from now on they are trained on" in caplog.text
+    assert len(trainer.indices) == STEPS * PER_STEP
+    assert 2 <= len(await trainer.queue.left_out()) <= 2 * (STEPS + 1)
+
+
+# ---- watching ----------------------------------------------------------------------------------------------------
+
+
+async def answer(trainer: Trainer, kind: str) -> commands.AnyOrder:
+    """The first order of a kind that was not obeyed, once it is there; obeyed by that."""
+    ends = time.monotonic() + SECONDS
+    while True:
+        obeyed = await commands.all_obeyed(trainer.queue.redis, trainer.run)
+        for order in await commands.after(trainer.queue.redis, trainer.run, 0):
+            if order.kind == kind and order.id not in obeyed:
+                return order
+        assert time.monotonic() < ends, f"no order {kind}"
+        await asyncio.sleep(0.02)
+
+
+async def obey(trainer: Trainer, order: commands.AnyOrder, effect: str = "") -> None:
+    done = commands.Obeyed(step=trainer.version, lineage=trainer.lineage, effect=effect)
+    await commands.note_obeyed(trainer.queue.redis, trainer.run, order.id, done)
+
+
+async def tell(trainer: Trainer, start: int = 0, **numbers: float) -> None:
+    normal = {"reward_mean": 1.0, "completion_length": 20.0, "entropy": 1.0, "stop_share": 0.9}
+    line = {**normal, "step": trainer.version, "lineage": trainer.lineage, "start": start, **numbers}
+    await trainer.queue.redis.xadd(Keys(trainer.run).steps, {"line": json.dumps(line)})
+
+
+async def go_back(trainer: Trainer, step: int) -> None:
+    """As the trainer does: `step` steps of what was trained survive."""
+    kept = [group.group_id for groups in trainer.steps[:step] for group in groups]
+    undone = [group.group_id for groups in trainer.steps[step:] for group in groups]
+    trainer.lineage = await trainer.queue.claim_lineage(0)
+    await trainer.queue.undo(undone)
+    await trainer.queue.recall(kept)
+    await trainer.queue.recover(set())
+    del trainer.steps[step:]
+    trainer.publish(step)
+
+
+async def test_a_collapse_is_rolled_back_and_what_it_undid_is_made_again(
+    make_recipe, clean, rollouts, reward_server, web_hook
+):
+    guard = {"action": "roll_back", "baseline": 3, "votes": 2, "window": 2, "again_within": 1, "webhook": web_hook.url}
+    chosen = make_recipe(guard=guard, run__deterministic=True, pacing__max_staleness=0, trainer__steps=9)
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        for length in (20, 20, 20, 20, 2, 2):
+            await trainer.train()
+            await tell(trainer, completion_length=length)
+        order = await answer(trainer, "roll_back")
+        assert (order.before, order.rate_factor) == (5, 0.5)
+        assert "completion_length" not in order.reason and "length is 2, below 8 since step 5" in order.reason
+        # A repeatable run makes nothing by weights that are about to be undone.
+        assert not await trainer.queue.redis.xlen(Keys(chosen.run.name).groups)
+        lost = {group.group_id for group in trainer.steps[4] + trainer.steps[5]}
+        await go_back(trainer, 4)
+        await obey(trainer, order)
+        await trainer.train()
+        assert {group.group_id for group in trainer.steps[4]} <= lost
+        assert {str(c.weight_version) for group in trainer.steps[4] for c in group.completions} == {"1.4"}
+        await tell(trainer, start=4)
+        for _ in range(4):
+            await trainer.train()
+            await tell(trainer, start=4)
+        finish = await answer(trainer, "finish")
+        await obey(trainer, finish)
+        assert await over(task) == 0
+    assert sorted(trainer.indices) == list(range(9 * PER_STEP)) and set(trainer.staleness) == {0}
+    assert [body["signal"] for body in web_hook.bodies] == ["length"]
+    assert web_hook.bodies[0]["message"].startswith("step 6: length is 2") and web_hook.headers == [
+        "Bearer hook secret"
+    ]
+
+
+async def test_a_second_roll_back_to_the_same_place_stops_the_run_and_restarts_repeat_nothing(
+    make_recipe, clean, rollouts, reward_server, web_hook
+):
+    guard = {"action": "roll_back", "baseline": 3, "votes": 2, "window": 2, "webhook": web_hook.url}
+    chosen = make_recipe(guard=guard, trainer__steps=20)
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server):
+        await trainer.start()
+        for length in (20, 20, 20, 2, 2):
+            await trainer.train()
+            await tell(trainer, completion_length=length)
+        first = await answer(trainer, "roll_back")
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await go_back(trainer, 2)
+        await obey(trainer, first)
+        for length in (20, 2, 2):
+            await trainer.train()
+            await tell(trainer, start=2, completion_length=length)
+        stop = await answer(trainer, "stop")
+        assert stop.reason.startswith("again within 50 steps of a roll-back to step 2: step 5: length")
+        orders = await commands.after(trainer.queue.redis, trainer.run, 0)
+        assert [order.kind for order in orders] == ["roll_back", "stop"]
+        await obey(trainer, stop)
+        status = json.dumps({"state": "stopped", "at": time.time()})
+        await trainer.queue.redis.hset(Keys(chosen.run.name).status, "trainer", status)
+        assert await over(task) == 0
+    # The first orchestrator was ended while it told: rather twice than never.
+    assert {body["message"] for body in web_hook.bodies} == {stop.reason.partition(": ")[2]}
+    assert 2 <= len(web_hook.bodies) <= 3
+
+
+async def test_evaluation_of_exact_versions_names_the_best(make_recipe, clean, rollouts, reward_server, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    rows = [{"q": f"tell {n}", "a": str(n), "id": f"h{n}"} for n in range(4)]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = {
+        "data": {"path": str(held_out), "fields": {"prompt": "q", "answer": "a", "id": "id"}, "source": "held out"},
+        "every": 2,
+        "rewards": [{"name": "exact_match"}],
+        "samples": 3,
+        "certainty": False,
+        "tasks_per_request": 3,
+    }
+    (tmp_path / "run").mkdir()
+    chosen = make_recipe(
+        evaluation=evaluation,
+        run__dir=str(tmp_path / "run"),
+        run__deterministic=True,
+        pacing__max_staleness=0,
+        trainer__steps=4,
+        trainer__checkpoints__every=2,
+    )
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(4)
+        await obey(trainer, await answer(trainer, "finish"))
+        assert await over(task) == 0
+    orders = await commands.after(trainer.queue.redis, trainer.run, 0)
+    assert [(order.kind, str(getattr(order, "version", ""))) for order in orders] == [
+        ("evaluated", "0.0"), ("evaluated", "0.2"), ("evaluated", "0.4"), ("finish", ""),
+    ]  # fmt: skip
+    assert [order.best for order in orders[:3]] == [True, False, False]  # the same answers each time
+    # Numbers 0, 1 and 2 are said to each task: three of the four have one right answer of three.
+    assert orders[0].numbers["accuracy"] == orders[0].numbers["accuracy.exact_match"] == pytest.approx(0.25)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert all(line["oldest"] == line["newest"] == line["version"] and line["failed"] == 0 for line in lines)
+    asked = [
+        [request for request in batch.requests if request.messages[-1].content.startswith("tell")]
+        for batch in rollouts.batches
+    ]
+    assert [len(batch) for batch in asked if batch] == [3, 1] * 3
+    assert len({request.sampling.seed for batch in asked for request in batch}) == 4
+    assert set(trainer.staleness) == {0}
+
+
+async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(
+    make_recipe, clean, rollouts, reward_server, tmp_path
+):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps({"q": f"tell {n}", "a": "1", "id": f"h{n}"}) + "\n" for n in range(3)))
+    rollouts.refuse = {"tell 1"}
+    chosen = make_recipe(
+        evaluation={
+            "data": {"path": str(held_out), "fields": {"prompt": "q", "answer": "a"}},
+            "every": 10,
+            "rewards": "exact_match",
+        }
+    )
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        first = await answer(trainer, "evaluated")
+        assert first.numbers["value.exact_match"] == 0.0 and first.best
+        await trainer.train(STEPS)
+        await obey(trainer, await answer(trainer, "finish"))
+        assert await over(task) == 0
+    found = await trainer.queue.redis.hgetall(Keys(chosen.run.name).evaluations)
+    assert {key: json.loads(body)["failed"] for key, body in found.items()} == {b"0.0": 1, b"0.5": 1}

@@ -9,8 +9,8 @@ from redis.exceptions import ConnectionError
 from scored_groups import make_groups
 
 from services import codec
-from services.contract import ScoredGroup
-from services.queue import BATCH, Depth, Fenced, GroupQueue
+from services.contract import ScoredGroup, Version
+from services.queue import BATCH, Depth, Fenced, GroupQueue, Undone
 from services.redis import DeadlineExceeded, connect
 
 
@@ -335,3 +335,55 @@ async def test_a_group_that_does_not_fit_the_wire_is_refused_before_redis(queue)
     with pytest.raises(ValueError, match="32 bits"):
         await queue.push(group)
     assert await queue.seen() == set()
+
+
+# ---- going back ------------------------------------------------------------------------------------------------
+
+
+def made_by(group, lineage: int):
+    made = [c.model_copy(update={"weight_version": Version(lineage=lineage)}) for c in group.completions]
+    return group.model_copy(update={"completions": made})
+
+
+async def test_what_a_roll_back_undoes_is_made_again(queue, redis, run_id):
+    groups = make_groups(8, size=1, run=run_id)
+    ids_ = [group.group_id for group in groups]
+    lineage = await queue.claim_lineage(0)
+    for group in groups[:6]:
+        await queue.push(group)
+    await queue.bury(ids_[7], 7, "refused")
+    trained = await queue.pull(4, 5)
+    await queue.begin(trained)
+    await queue.ack([entry.entry_id for entry in trained[:3]], lineage)
+    # Two were trained before the checkpoint that is gone back to, two after; two lie in the queue.
+    await queue.claim_lineage(0)
+    for _ in range(2):  # cut off and done again
+        await queue.undo([*ids_[2:4], ids_[7]])
+    assert await queue.recall(ids_[:2]) == 0
+    await queue.recover(set())
+    assert await state(queue) == (0, 0, 1)
+    assert await queue.seen() == {*ids_[:2], ids_[7]}
+    with pytest.raises(Undone, match=r"index 2\) was made by lineage 0, since undone"):
+        await queue.push(groups[2])
+    assert not await queue.push(made_by(groups[1], 1))
+    for group in groups[2:6]:
+        assert await GroupQueue(redis, run_id).push(made_by(group, 1))
+    assert ids(await queue.pull(4, 5)) == ids_[2:6]
+
+
+async def test_only_the_newest_trainer_undoes(queue, redis, run_id):
+    await pushed(queue, 2)
+    await queue.claim_lineage(0)
+    await GroupQueue(redis, run_id).claim_lineage(0)
+    with pytest.raises(Fenced):
+        await queue.undo([])
+    assert await state(queue) == (2, 0, 0)
+
+
+async def test_a_group_left_out_is_remembered_and_no_dead_letter(queue, run_id):
+    first, second = make_groups(2, size=1, run=run_id)
+    assert await queue.leave_out(first.group_id, 5) and not await queue.leave_out(first.group_id, 5)
+    assert not await queue.push(first) and await queue.push(second)
+    assert not await queue.leave_out(second.group_id, 6)
+    depth = await queue.depth()
+    assert (depth.queued, depth.dead, depth.left_out) == (1, 0, 1) and await queue.left_out() == [5]

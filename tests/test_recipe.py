@@ -142,3 +142,31 @@ def test_spec_ids_follow_content():
     one = RewardSpec(rewards=[RewardTerm(name="a", weight=1.0)])
     assert one.spec_id == RewardSpec(rewards=[RewardTerm(name="a")]).spec_id
     assert one.spec_id != RewardSpec(rewards=[RewardTerm(name="a", weight=2.0)]).spec_id
+
+
+# ---- watching ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["guard.action=raise_beta", "trainer.kl_beta=0"], "guard.action: raise_beta needs trainer.kl_beta above 0"),
+        (["guard.votes=6"], "guard: votes: 6 is more than window (5)"),
+        (["guard.bands.length={}"], "guard.bands.length: give `low`, `high`, `at_least` or `at_most`"),
+        (["guard.bands.lenth={low: 0.5}"], "guard.bands.lenth: unknown key; valid keys here: length, distinct"),
+        (["guard.webhook=ftp://x"], "guard.webhook: String should match pattern"),
+        (["pacing.dynamic_sampling=true", "run.deterministic=true"], "run.deterministic: what replaces the groups"),
+        (
+            ["evaluation={every: 5, rewards: grpo, data: {path: x, fields: {prompt: p}}}"],
+            "evaluation.every: 5 is not a",
+        ),
+        (
+            ["evaluation={every: 10, rewards: [], data: {path: x, fields: {prompt: p}}}"],
+            "evaluation.rewards: list at least one judge",
+        ),
+    ],
+)
+def test_watching_that_cannot_work_is_refused(overrides, says):
+    with pytest.raises(RecipeError) as refused:
+        recipe.parse(BASE, overrides)
+    assert says in str(refused.value)

@@ -231,13 +231,15 @@ def test_numbers_of_groups_leave_missing_scores_out():
         "components.format": 0.5,
         "components.right": 0.5,
         "accuracy.right": 0.5,
+        "distinct_2": 0.25,
+        "answer_diversity": 0.5,
     }
 
 
-def test_a_torn_line_goes_and_the_next_stands_alone(tmp_path):
+def test_a_torn_line_goes_and_the_next_stands_alone(tiny_model, tmp_path):
     line = {"lineage": 1, "step": 2, "group_ids": ["a"], "tokens": 5, "completions": 2, "seconds": {}, "loss": 0.5}
     (tmp_path / "steps.jsonl").write_text('{"lineage": 0, "step": 1}\n{"lineage": 0, "st')
-    records = StepLog(tmp_path, steps=9, start=1, tensorboard=False)
+    records = StepLog(recipe.parse(make_recipe(tiny_model, tmp_path)), start=1)
     records.write(line)
     with pytest.raises(ValueError):
         records.write({**line, "loss": math.nan})
@@ -249,8 +251,9 @@ def sample(name: str, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(name, labels)
 
 
-def test_numbers_go_to_tensorboard_and_prometheus(tmp_path):
-    records = StepLog(tmp_path, steps=9, start=1, tensorboard=True)
+def test_numbers_go_to_tensorboard_and_prometheus(tiny_model, tmp_path):
+    chosen = recipe.parse(make_recipe(tiny_model, tmp_path), ["trainer.steps=9", "tracking.tensorboard=true"])
+    records = StepLog(chosen, start=1)
     assert sample("rlif_trainer_planned_steps") == 9 and sample("rlif_trainer_step") == 1
     seconds = {"wait": 0.25, "total": 0.25}
     line = {"lineage": 3, "step": 2, "group_ids": ["a"], "tokens": 5, "completions": 2, "seconds": seconds, "loss": 0.5}
@@ -479,7 +482,7 @@ def test_a_damaged_checkpoint_is_passed_over(runs, tmp_path, caplog, fault):
     run = runs[1]
     folder = tmp_path / "checkpoints"
     shutil.copytree(run.dir / "checkpoints", folder)
-    victim = next((folder / "2-6" / "engine").glob("*optim_states.pt"))
+    victim = folder / "2-6" / "rank-0" / "model.safetensors"
     if fault == "truncated":
         os.truncate(victim, victim.stat().st_size // 2)
     elif fault == "flipped":
@@ -493,6 +496,22 @@ def test_a_damaged_checkpoint_is_passed_over(runs, tmp_path, caplog, fault):
     found = checkpoint.newest(folder, run.recipe)
     assert found is not None and found[0].name == "2-4" and found[1].step == 4
     assert fault == "unfinished" or "2-6 is damaged" in caplog.text
+
+
+def test_the_best_checkpoint_is_named_verified_and_replaced(runs, tmp_path, caplog):
+    run, folder = runs[1], tmp_path / "checkpoints"
+    shutil.copytree(run.dir / "checkpoints", folder)
+    assert checkpoint.best(folder, run.recipe) is None
+    for name in ("2-6", "2-4"):
+        checkpoint.mark_best(folder, name)
+        found = checkpoint.best(folder, run.recipe)
+        assert found is not None and found[0] == folder / name and found[1].step == int(name[2:])
+    for absent in ("2-5", ".", "latest"):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            checkpoint.mark_best(folder, absent)
+    victim = folder / "2-4" / "rank-0" / "model.safetensors"
+    os.truncate(victim, victim.stat().st_size // 2)
+    assert checkpoint.best(folder, run.recipe) is None and "2-4 is damaged" in caplog.text
 
 
 def test_a_checkpoint_of_another_run_is_refused(runs):

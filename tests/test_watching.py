@@ -20,10 +20,10 @@ import httpx
 import pytest
 import yaml
 from audit import read_steps
+from faults.faulty_run import Run, write_recipe
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from served import two_free_ports
 from test_dashboards import ALERTS, ROOT, RULES, targets
-from test_kill import Run, write_recipe
 
 from services.contract import Version
 from services.logs import JsonLines

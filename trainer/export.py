@@ -2,16 +2,17 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from services import recipe as recipes
 from services.contract import Version, WeightVersion
-from services.recipe import Lora, RecipeError
+from services.recipe import Model, RecipeError
 from services.weights import disk
-from trainer import checkpoint, lora
+from trainer import checkpoint, pieces
+from trainer import policy as policies
 
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
 
@@ -38,7 +39,7 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     else:
         version, folder = saved
         aside.mkdir(parents=True)
-        manifest = disk.write_tensors(aside, _tensors(folder).items())
+        manifest = disk.write_tensors(aside, _tensors(folder))
         disk.copy_config(run_dir / "model", aside, manifest)
     if out_dir.exists():
         out_dir.rmdir()
@@ -69,29 +70,20 @@ def _sound(folder: Path) -> bool:
     return True
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The policy's weights out of a DeepSpeed checkpoint of any ZeRO stage and number of ranks, in the model's dtype.
-
-    Of tied weights, one name is kept.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    state = checkpoint.state(folder)
-    dtype = getattr(torch, state["identity"]["model.dtype"])
-    if state["identity"]["trainer.zero_stage"] < 3:
-        # Our own file, verified by its checksum. It holds all weights, those that are not trained too.
-        path = folder / checkpoint.TAG / "mp_rank_00_model_states.pt"
-        whole = torch.load(path, map_location="cpu", weights_only=False)["module"]
-    else:
-        whole = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoint.TAG)
-    tensors: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in whole.items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            tensors[name.removeprefix("model.")] = tensor
-    if (adapters := state["identity"].get("model.lora")) is not None:
-        tensors = lora.merge(tensors, Lora.model_validate(adapters))
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor.clone() for name, tensor in tensors.items()
-    }
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's weights out of a checkpoint, under their Hugging Face names, in the model's dtype."""
+    saved, about = pieces.Pieces(checkpoint.rank_folders(folder)), checkpoint.state(folder)
+    dtype = getattr(torch, about["identity"]["model.dtype"])
+    if (adapters := about["identity"].get("model.lora")) is not None:
+        # A checkpoint holds what is trained: the adapters. They are put into the model that they stand on.
+        model = Model(path=about["identity"]["model.path"], dtype=about["identity"]["model.dtype"], lora=adapters)
+        whole = policies.load(model)
+        parameters = dict(whole.named_parameters())
+        for name, shape in about["shapes"].items():
+            parameters[name].data.copy_(saved.whole(name, shape))
+        yield from policies.tensors(whole, partitioned=False, adapters=model.lora)
+        return
+    for name, shape in about["shapes"].items():
+        yield name.removeprefix("model."), saved.whole(name, shape).to(dtype)
+    for name in saved.names(pieces.BUFFER):
+        yield name.removeprefix("model."), saved.one(pieces.BUFFER, name)

@@ -8,11 +8,17 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+from services import commands
+from services.commands import AnyOrder, Finish, Obeyed
+from services.contract import WeightVersion
 from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
-from services.redis import connect, insist, wait_for_redis
+from services.redis import cancel, connect, insist, wait_for_redis
+from services.weights import disk
+from trainer.checkpoint import Progress
 from trainer.waits import GROUPS_PATIENCE_SECONDS, REDIS_PATIENCE_SECONDS, Waits
 
 log = logging.getLogger(__name__)
@@ -21,6 +27,12 @@ Result = TypeVar("Result")
 
 START_SECONDS = 120.0
 STATUS_PATIENCE_SECONDS = 300.0
+ORDER_SECONDS = 0.2
+"""How often a trainer that waits looks for orders."""
+STEPS_KEPT = 100_000
+"""Numbers of a step are about 1 KB: the guard reads them again when it starts."""
+FIRST_LOOK_SECONDS = 10.0
+"""A trainer that waits this long for groups looks whether its newest weights are whole; later ever more seldom."""
 
 
 class Feed:
@@ -35,7 +47,9 @@ class Feed:
         self.queue = GroupQueue(self.redis, recipe.run.name, max_deliveries=recipe.queue.max_deliveries)
         self.started = time.monotonic()
         self.tokens_per_second = 0.0
-        self.stopping = False
+        self.stopping = self.finished = False
+        self.published: WeightVersion | None = None
+        """The newest weights that this trainer published."""
         self._waiting: asyncio.Task[Any] | None = None
 
     def _ask(self, call: Coroutine[Any, Any, Result]) -> Result:
@@ -51,30 +65,137 @@ class Feed:
         self._ask(self.queue.recover(set(consumed)))
         return lineage
 
-    def pull(self) -> list[Entry] | None:
-        """One step's groups, by their place in the run's order; none when a signal asked to stop.
+    def go_back(self, at_least: int, trained: Sequence[str], undone: Sequence[str]) -> int:
+        """A lineage of our own in which only the `trained` groups (ids) were trained: those `undone`, and what lies in
+        the queue, will be made again."""
+        lineage = self._ask(self.queue.claim_lineage(at_least))
+        self._ask(self.queue.undo(undone))
+        self._ask(self.queue.recall(trained))
+        self._ask(self.queue.recover(set()))
+        return lineage
 
-        Raises DeadlineExceeded after `trainer.batch_deadline_seconds`.
+    def pull(self, progress: Progress) -> list[Entry] | None:
+        """One step's groups, by their place in the run's order; none when a signal asked to stop, and an empty list
+        when there are orders to obey first.
+
+        Raises DeadlineExceeded after `trainer.batch_deadline_seconds`, and DamagedWeights: nobody can load what was
+        published, so nothing will come. Whoever starts again publishes anew.
         """
         what = f"{self.recipe.trainer.groups_per_step} scored groups from the orchestrator"
         try:
             with self.waits.on("groups", what, GROUPS_PATIENCE_SECONDS):
-                entries = self.runner.run(self._pull())
+                entries = self.runner.run(self._pull(progress))
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
             return None
         return sorted(entries, key=lambda entry: entry.group.index) if entries is not None else None
 
-    async def _pull(self) -> list[Entry] | None:
+    async def _pull(self, progress: Progress) -> list[Entry] | None:
         trainer = self.recipe.trainer
         self._waiting = asyncio.current_task()
+        if self.stopping:
+            return None
+        pulling = asyncio.create_task(self.queue.pull(trainer.groups_per_step, trainer.batch_deadline_seconds))
+        ordering = asyncio.create_task(self._orders(progress, trainer.batch_deadline_seconds))
+        looking = asyncio.create_task(self._look_at_weights())
         try:
-            if self.stopping:
-                return None
-            return await self.queue.pull(trainer.groups_per_step, trainer.batch_deadline_seconds)
+            await asyncio.wait({pulling, ordering, looking}, return_when=asyncio.FIRST_COMPLETED)
+            if looking.done():
+                looking.result()  # raises
+            if not pulling.done() and not await ordering:
+                return await pulling  # no order came either: what the queue says of the deadline counts
+            await cancel(pulling)
+            return [] if pulling.cancelled() else pulling.result()
         finally:
             self._waiting = None
+            await cancel(pulling, ordering, looking)
+
+    async def _orders(self, progress: Progress, seconds: float = 0.0) -> list[AnyOrder]:
+        """The orders that are due, waiting at most so many seconds for the first."""
+        run_id, ends = self.recipe.run.name, time.monotonic() + seconds
+        while True:
+            given = await insist(
+                lambda: commands.after(self.redis, run_id, progress.orders), f"run {run_id}: orders", seconds + 60
+            )
+            if given:
+                obeyed = await insist(
+                    lambda: commands.all_obeyed(self.redis, run_id), f"run {run_id}: orders", seconds + 60
+                )
+                due = list[AnyOrder]()
+                for order in given:
+                    # Obeyed before, after the checkpoint that is gone on from: at the same step again.
+                    if order.id in obeyed and obeyed[order.id].step > progress.step:
+                        break
+                    due.append(order)
+                if due:
+                    return due
+            if time.monotonic() >= ends:
+                return []
+            await asyncio.sleep(ORDER_SECONDS)
+
+    def orders(self, progress: Progress) -> list[AnyOrder]:
+        """The orders that are due now."""
+        return self._ask(self._orders(progress))
+
+    def last_orders(self, progress: Progress) -> list[AnyOrder]:
+        """Orders that come after the last step; none when it is over, or nobody gave any in time."""
+        if self.finished or self.stopping:
+            return []
+        seconds = self.recipe.trainer.batch_deadline_seconds
+        try:
+            with self.waits.on("groups", "the orchestrator to finish", GROUPS_PATIENCE_SECONDS):
+                given = self.runner.run(self._interruptible(self._orders(progress, seconds)))
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            return []
+        if not given:
+            log.warning("the orchestrator did not say within %g s that the last step was looked at", seconds)
+        return given
+
+    async def _interruptible(self, call: Coroutine[Any, Any, Result]) -> Result:
+        self._waiting = asyncio.current_task()
+        try:
+            return await call
+        finally:
+            self._waiting = None
+
+    def note_obeyed(self, order: AnyOrder, progress: Progress, effect: str) -> None:
+        """After what it did is durable, where that matters."""
+        self.finished = self.finished or isinstance(order, Finish)
+        obeyed, run_id = Obeyed(step=progress.step, lineage=progress.lineage, effect=effect), self.recipe.run.name
+        log.info("%s: %s", order.kind, effect)
+        self._ask(
+            insist(
+                lambda: commands.note_obeyed(self.redis, run_id, order.id, obeyed),
+                f"run {run_id}: order obeyed",
+                STATUS_PATIENCE_SECONDS,
+            )
+        )
+
+    def tell(self, line: dict[str, Any]) -> None:
+        """A step's numbers, for the collapse guard."""
+        numbers = {key: value for key, value in line.items() if value is None or isinstance(value, int | float)}
+
+        async def add() -> None:
+            fields: Any = {"line": json.dumps(numbers)}
+            await self.redis.xadd(self.queue.keys.steps, fields, maxlen=STEPS_KEPT, approximate=True)
+
+        self._ask(insist(add, f"run {self.recipe.run.name}: a step's numbers", STATUS_PATIENCE_SECONDS))
+
+    async def _look_at_weights(self) -> None:
+        """Never returns. Raises DamagedWeights."""
+        pause = FIRST_LOOK_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            pause *= 2
+            weights = self.published
+            if weights is not None and weights.transport == "disk":
+                try:
+                    await asyncio.to_thread(disk.verify, Path(weights.location), weights.manifest)
+                except disk.DamagedWeights as error:
+                    raise disk.DamagedWeights(f"the published weights {weights.id} are damaged: {error}") from error
 
     def begin(self, entries: Sequence[Entry]) -> None:
         self._ask(self.queue.begin(entries))

@@ -1,17 +1,24 @@
-"""What a step leaves behind: a line in `steps.jsonl` (the audit trail), TensorBoard, Prometheus. Rank 0 only."""
+"""What a step leaves behind: a line in `steps.jsonl` (the audit trail), Prometheus, the trackers. Rank 0 only."""
 
 import json
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from services import tracking
 from services.contract import Outcome, ScoredGroup
+from services.recipe import Recipe
+from trainer import diversity
 from trainer.step import StepResult
+
+log = logging.getLogger(__name__)
 
 STEP = Gauge("rlif_trainer_step", "Optimizer steps done")
 PLANNED = Gauge("rlif_trainer_planned_steps", "Optimizer steps the run is to make")
@@ -67,6 +74,12 @@ LAST = {
     "reward_mean": _unknown("rlif_trainer_reward", "Weighted sum of components, mean over valid completions"),
     "advantage_abs_mean": _unknown("rlif_trainer_advantage_magnitude", "Absolute advantage, mean of valid completions"),
     "valid_fraction": _unknown("rlif_trainer_valid_ratio", "Share of completions that have a usable reward"),
+    "distinct_2": _unknown(
+        "rlif_trainer_distinct_bigrams_ratio", "Distinct bigrams of a group's completions over all of them, mean"
+    ),
+    "answer_diversity": _unknown(
+        "rlif_trainer_distinct_answers_ratio", "Distinct final answers of a group over its completions, mean"
+    ),
     "stop_share": _unknown("rlif_trainer_stopped_ratio", "Share of completions that ended by themselves"),
     "completion_length": _unknown("rlif_trainer_completion_length_tokens", "Mean length of a completion"),
     "staleness_mean": _unknown(
@@ -93,6 +106,7 @@ PHASES = Histogram(
 TOKENS = Counter("rlif_trainer_tokens_total", "Prompt and completion tokens trained on")
 COMPLETIONS = Counter("rlif_trainer_completions_total", "Completions trained on")
 GROUPS = Counter("rlif_trainer_groups_total", "Scored groups trained on")
+TRACKING = Counter("rlif_trainer_tracking_failures_total", "What a tracker did not take", ["service"])
 
 JUDGED = frozenset({Outcome.correct, Outcome.wrong, Outcome.no_answer})
 
@@ -114,6 +128,7 @@ def of_groups(groups: Sequence[ScoredGroup], step: int) -> dict[str, float | Non
                 components.setdefault(name, []).append(component.value)
             if component.outcome in JUDGED:
                 judged.setdefault(name, []).append(component.outcome == Outcome.correct)
+    distinct = [diversity.distinct(group.completions) for group in groups]
     staleness = [step - 1 - completion.weight_version.version for completion in completions]
     return {
         "reward_mean": _mean([score.reward for score in scores if score.reward is not None]),
@@ -121,6 +136,8 @@ def of_groups(groups: Sequence[ScoredGroup], step: int) -> dict[str, float | Non
         "valid_fraction": _mean([score.valid for score in scores]),
         "stop_share": _mean([completion.finish_reason == "stop" for completion in completions]),
         "completion_length": _mean([len(completion.token_ids) for completion in completions]),
+        "distinct_2": _mean([share for share in distinct if share is not None]),
+        "answer_diversity": _mean([diversity.answers(group.completions) for group in groups]),
         "staleness_mean": _mean(staleness),
         "staleness_max": max(staleness, default=None),
         **{f"components.{name}": _mean(values) for name, values in sorted(components.items())},
@@ -150,20 +167,18 @@ def record(
 
 class StepLog:
     """Appends records. A line is on disk when `write` returns: it must be there before a checkpoint that holds its
-    step.
+    step. A tracker that fails costs its numbers, never the run.
     """
 
-    def __init__(self, run_dir: Path, steps: int, start: int, tensorboard: bool):
-        path = run_dir / "steps.jsonl"
+    def __init__(self, recipe: Recipe, start: int):
+        """Raises StartupError when a tracker cannot be started."""
+        path = recipe.run.dir / "steps.jsonl"
         _drop_torn_line(path)
+        self.trackers = tracking.start(recipe, start)
+        self.every = recipe.tracking.samples_every
         self.file = path.open("ab")
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._shown: dict[Gauge, set[str]] = {}
-        PLANNED.set(steps)
+        PLANNED.set(recipe.trainer.steps)
         STEP.set(start)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -171,14 +186,22 @@ class StepLog:
         self.file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
-        numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
         self._export(line)
-        if self.board is not None:
-            for name, value in numbers.items():
-                self.board.add_scalar(name.replace(".", "/"), value, line["step"])
-            for phase, value in line["seconds"].items():
-                self.board.add_scalar(f"seconds/{phase}", value, line["step"])
-            self.board.flush()
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+        numbers |= {f"seconds.{phase}": value for phase, value in line["seconds"].items()}
+        self.track(line["step"], numbers)
+
+    def track(self, step: int, numbers: Mapping[str, float]) -> None:
+        """To the trackers alone."""
+        for tracker in self.trackers:
+            _try(tracker, partial(tracker.log, step, numbers))
+
+    def samples(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """What the step was trained on, completion by completion, where the recipe asks for this step's."""
+        if self.every and step % self.every == 0:
+            rows = sample_rows(groups)
+            for tracker in self.trackers:
+                _try(tracker, partial(tracker.samples, step, rows))
 
     def _export(self, line: dict[str, Any]) -> None:
         STEP.set(line["step"])
@@ -207,8 +230,45 @@ class StepLog:
 
     def close(self) -> None:
         self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for tracker in self.trackers:
+            _try(tracker, tracker.close)
+
+
+def sample_rows(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
+    """A row for each completion; of a component its raw value and outcome, none and empty where a group has no such."""
+    names = sorted({name for group in groups for score in group.scores for name in score.components})
+    rows = []
+    for group in groups:
+        prompt = group.task.prompt or "\n".join(f"{turn.role}: {turn.content}" for turn in group.task.messages or [])
+        for completion, score in zip(group.completions, group.scores, strict=True):
+            row = {
+                "group_id": group.group_id,
+                "task_id": group.task.task_id,
+                "prompt": prompt,
+                "completion": completion.text,
+                "finish_reason": completion.finish_reason,
+                "version": str(completion.weight_version),
+                "reward": score.reward,
+                "advantage": score.advantage,
+                "valid": score.valid,
+            }
+            for name in names:
+                component = score.components.get(name)
+                row[f"value.{name}"] = component.value if component else None
+                row[f"outcome.{name}"] = str(component.outcome) if component else ""
+            rows.append(row)
+    return rows
+
+
+def _try(tracker: tracking.Tracker, call: Callable[[], None]) -> None:
+    """Whatever a tracker's library raises: the run's own files have the numbers."""
+    try:
+        call()
+    except Exception as error:
+        TRACKING.labels(tracker.name).inc()
+        log.warning(
+            "tracking: %s did not take it: %s", tracker.name, str(error).splitlines()[0] if str(error) else error
+        )
 
 
 def _drop_torn_line(path: Path) -> None:

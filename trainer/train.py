@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from services import traces, trail
+from services import commands, traces, trail
 from services.algorithms import contradiction
+from services.commands import AnyOrder, RollBack, Stop
 from services.contract import Version
 from services.queue import Entry
 from services.recipe import Recipe, RecipeError
@@ -30,6 +31,7 @@ from trainer import reference as references
 from trainer.batch import Sequences, sequences
 from trainer.checkpoint import Progress
 from trainer.feed import Feed, graceful
+from trainer.obey import adjusted, obey
 from trainer.ranks import Ranks, join
 from trainer.reference import Reference
 from trainer.step import StepResult, train_step
@@ -37,8 +39,10 @@ from trainer.waits import Waits
 
 log = logging.getLogger(__name__)
 
-STOP = b""
-"""Sent instead of a batch when the run is to end."""
+STOP, BATCH, ORDERS = b"", b"b", b"o"
+"""What rank 0 sends to the others starts with one of these; STOP is all of it."""
+STOPPED = "stopped.txt"
+"""In the run's folder, with the reason, when an order ended the run."""
 
 
 def main(recipe: Recipe, redis_url: str, resume: bool = False) -> int:
@@ -79,23 +83,49 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
     if ranks.first:
         policy.save_files(recipe.model, files)
         publisher = Publisher(connect_sync(redis_url), recipe.run.name, recipe.weights_dir, recipe.weights.keep)
-        records = metrics.StepLog(run_dir, trainer.steps, start, recipe.tracking.tensorboard)
-    seconds = {"publish": _publish(publisher, trained, progress, files, recipe)}
+        records = metrics.StepLog(recipe, start)
+        (run_dir / STOPPED).unlink(missing_ok=True)
+    if recipe.has_orders and progress.step == 0:
+        # The first weights may turn out to be the best, or the only ones from before a collapse.
+        _checkpoint(engine, reference, recipe, progress, ranks, feed)
+    seconds = {"publish": _publish(publisher, trained, progress, files, recipe, feed)}
 
-    durable = progress.step
-    while progress.step < trainer.steps:
+    durable, stopped = progress.step, False
+    while not stopped:
         began = time.perf_counter()
-        batch, entries = _next_batch(feed, progress, trained.vocab_size, ranks)
+        orders, batch, entries = _next(feed, progress, trained.vocab_size, ranks)
+        for order in orders:
+            progress.orders += 1
+            if isinstance(order, RollBack):
+                back, effect = _roll_back(engine, reference, recipe, order, progress, ranks, feed)
+                if back is not progress:
+                    progress, start, durable = back, back.step, back.step
+                    _checkpoint(engine, reference, recipe, progress, ranks, feed)
+                    _publish(publisher, trained, progress, files, recipe, feed)
+            else:
+                effect = obey(order, recipe, progress, records)
+            if isinstance(order, Stop):
+                _checkpoint(engine, reference, recipe, progress, ranks, feed)
+                durable, stopped = progress.step, True
+                if feed is not None:
+                    (run_dir / STOPPED).write_text(order.reason + "\n")
+            if feed is not None:
+                feed.note_obeyed(order, progress, effect)
+            if stopped:
+                break
+        if orders:
+            continue
         if batch is None:
             break
         seconds["wait"] = time.perf_counter() - began
 
         named: dict[str, Any] = {"step": progress.step + 1, "group_ids": [entry.group.group_id for entry in entries]}
         with traces.span("train step", "consumer", links=[entry.trace for entry in entries], **named):
-            result = train_step(engine, reference, batch, progress.step, trainer, ranks, recipe.run.seed)
+            settings = adjusted(trainer, progress)
+            result = train_step(engine, reference, batch, progress.step, settings, ranks, recipe.run.seed)
             progress.step += 1
             progress.unacknowledged += [entry.entry_id for entry in entries]
-            seconds["publish"] = _publish(publisher, trained, progress, files, recipe)
+            seconds["publish"] = _publish(publisher, trained, progress, files, recipe, feed)
         if feed is not None and records is not None:
             _note(feed, records, progress, start, entries, result, seconds)
         seconds = {}
@@ -107,7 +137,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
     if durable < progress.step:
         _checkpoint(engine, reference, recipe, progress, ranks, feed)
     if feed is not None and records is not None:
-        done = progress.step >= trainer.steps
+        done = progress.step >= trainer.steps and not stopped
         feed.report("done" if done else "stopped", progress.step, progress.lineage)
         records.close()
         log.info("%s at step %d of %d", "done" if done else "stopped", progress.step, trainer.steps)
@@ -145,14 +175,15 @@ def _restore(
         path, progress = found or (None, Progress(lineage=-1))
         trained = _trained(recipe.run.dir, progress.step)
         lineage = feed.claim(progress.lineage + 1, progress.unacknowledged, trained)
-        payload = json.dumps({"path": str(path or ""), "step": progress.step, "lineage": lineage}).encode()
+        orders = {"orders": progress.orders, "kl_beta": progress.kl_beta, "rate": progress.rate}
+        payload = json.dumps({"path": str(path or ""), "step": progress.step, "lineage": lineage, **orders}).encode()
     start = json.loads(ranks.broadcast(payload))
     if start["path"]:
         checkpoint.load(engine, Path(start["path"]), ranks)
         if reference is not None:
             reference.load(Path(start["path"]))
     log.info("lineage %d starts from %s", start["lineage"], start["path"] or recipe.model.path)
-    return Progress(step=start["step"], lineage=start["lineage"])
+    return Progress(unacknowledged=[], **{key: value for key, value in start.items() if key != "path"})
 
 
 def _trained(run_dir: Path, step: int) -> list[str]:
@@ -167,34 +198,83 @@ def _trained(run_dir: Path, step: int) -> list[str]:
     return [group_id for row in rows if row["step"] <= step for group_id in row["group_ids"]]
 
 
-def _next_batch(
+def _roll_back(
+    engine: Any,
+    reference: Reference | None,
+    recipe: Recipe,
+    order: RollBack,
+    progress: Progress,
+    ranks: Ranks,
+    feed: Feed | None,
+) -> tuple[Progress, str]:
+    """A checkpoint from before the fault, in a new lineage, and what came of it in words; what orders changed stays
+    changed. Where there is no such checkpoint, the run is as it was."""
+    payload = None
+    if feed is not None:
+        found = checkpoint.before(recipe.run.dir / "checkpoints", recipe, order.before)
+        start = {"path": "", "step": progress.step, "lineage": progress.lineage}
+        if found is not None:
+            path, then = found
+            trained, all_trained = (_trained(recipe.run.dir, step) for step in (then.step, progress.step))
+            lineage = feed.go_back(progress.lineage + 1, trained, sorted(set(all_trained) - set(trained)))
+            start = {"path": str(path), "step": then.step, "lineage": lineage}
+        payload = json.dumps(start).encode()
+    start = json.loads(ranks.broadcast(payload))
+    if not start["path"]:
+        return progress, f"no checkpoint from before step {order.before} is left"
+    checkpoint.load(engine, Path(start["path"]), ranks)
+    if reference is not None:
+        reference.load(Path(start["path"]))
+    log.warning("lineage %d goes back to %s: %s", start["lineage"], start["path"], order.reason)
+    back = Progress(start["step"], start["lineage"], [], progress.orders, progress.kl_beta)
+    back.rate = progress.rate * order.rate_factor
+    return back, f"from step {progress.step} back to {back.step}, learning rate x {back.rate:g}"
+
+
+def _next(
     feed: Feed | None, progress: Progress, vocab_size: int, ranks: Ranks
-) -> tuple[Sequences | None, list[Entry]]:
-    """The same batch on every rank, none at the end; the entries it came from on rank 0."""
+) -> tuple[list[AnyOrder], Sequences | None, list[Entry]]:
+    """The same on every rank: orders to obey, or a batch, or neither at the end. The batch's entries on rank 0."""
     payload, entries = None, []
     if feed is not None:
         feed.report("waiting", progress.step, progress.lineage)
-        pulled = feed.pull()
+        orders, pulled = feed.orders(progress), None
+        if not orders and progress.step >= feed.recipe.trainer.steps:
+            orders = feed.last_orders(progress) if feed.recipe.has_orders else []
+        elif not orders:
+            pulled = feed.pull(progress)
+            orders = feed.orders(progress) if pulled == [] else []
         entries = pulled or []
         if entries:
             feed.report("training", progress.step, progress.lineage)
-        # Begun before anything looks into the groups: one that makes the trainer crash is found by counting.
-        feed.begin(entries)
-        payload = STOP if pulled is None else sequences([entry.group for entry in entries], vocab_size).pack()
+            # Begun before anything looks into the groups: one that makes the trainer crash is found by counting.
+            feed.begin(entries)
+            payload = BATCH + sequences([entry.group for entry in entries], vocab_size).pack()
+        else:
+            bodies = [order.model_dump_json() for order in orders]
+            payload = ORDERS + json.dumps(bodies).encode() if bodies else STOP
     data = ranks.broadcast(payload)
-    return (None if data == STOP else Sequences.unpack(data)), entries
+    kind, rest = data[:1], data[1:]
+    if kind == ORDERS:
+        return [commands.parse(body) for body in json.loads(rest)], None, []
+    return [], (Sequences.unpack(rest) if kind == BATCH else None), entries
 
 
 def _publish(
-    publisher: Publisher | None, trained: policy.Policy, progress: Progress, files: Path, recipe: Recipe
+    publisher: Publisher | None,
+    trained: policy.Policy,
+    progress: Progress,
+    files: Path,
+    recipe: Recipe,
+    feed: Feed | None,
 ) -> float:
     """Seconds it took. With partitioned weights every rank takes part in gathering them."""
     began = time.perf_counter()
     gather, adapters = recipe.trainer.zero_stage == 3, recipe.model.lora
-    if publisher is not None:
+    if publisher is not None and feed is not None:
         version = Version(lineage=progress.lineage, version=progress.step)
         with traces.span("publish weights", weight_version=str(version)):
-            publisher.publish(version, policy.tensors(trained, gather, adapters), files)
+            feed.published = publisher.publish(version, policy.tensors(trained, gather, adapters), files)
     elif gather:
         for _ in policy.tensors(trained, gather, adapters):
             pass
@@ -219,6 +299,8 @@ def _note(
     groups = [entry.group for entry in entries]
     line = metrics.record(progress.lineage, start, progress.step, groups, result, seconds)
     records.write(line)
+    records.samples(progress.step, groups)
+    feed.tell(line)
     feed.tokens_per_second = line["tokens_per_second"]
     if result.completions == 0:
         log.warning("step %d: none of its completions has a valid reward; the gradient is 0", progress.step)

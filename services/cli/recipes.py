@@ -9,7 +9,9 @@ from rich.console import Console
 
 from services import memory, recipe
 from services.algorithms import contradiction
+from services.control import CONTROLS, with_control
 from services.recipe import Recipe, RecipeError
+from services.startup import StartupError
 
 app = typer.Typer(no_args_is_help=True, help="Look at a recipe before it runs.")
 
@@ -19,8 +21,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
 def check_rewards(chosen: Recipe) -> None:
-    """Raises RecipeError when a reward or its parameters are unknown to the reward server of this installation, and
-    StartupError when a plug-in of the recipe cannot be used."""
+    """Of training and of evaluation. Raises RecipeError when a reward or its parameters are unknown to the reward
+    server of this installation, and StartupError when a plug-in of the recipe cannot be used."""
     from reward_server import plugins
     from reward_server.specs import EVERY_PART, SpecError, check_spec, named_spec
 
@@ -29,11 +31,36 @@ def check_rewards(chosen: Recipe) -> None:
     parts = {"scorer": True, "sandbox": scorer.sandbox != "none", "reference_model": scorer.reference_model is not None}
     # What somebody else's servers have, they say themselves.
     have = EVERY_PART if scorer.urls else frozenset(part for part, is_there in parts.items() if is_there)
+    specs = {"": chosen.spec or str(chosen.rewards)}
+    if chosen.evaluation is not None:
+        specs["evaluation."] = chosen.evaluation.spec or str(chosen.evaluation.rewards)
+    for section, spec in specs.items():
+        try:
+            check_spec(named_spec(spec) if isinstance(spec, str) else spec, have)
+        except SpecError as error:
+            message = str(error)
+            where = message if message.startswith("rewards") else f"rewards: {message}"
+            raise RecipeError(section + where) from error
+
+
+ControlArm = Annotated[
+    str | None, typer.Option("--control", help=f"A control arm of the recipe: {', '.join(CONTROLS)}.", metavar="ARM")
+]
+
+
+def load_arm(recipe_path: Path, overrides: list[str] | None, control: str | None) -> Recipe:
+    """The recipe, or a control arm of it. Raises RecipeError, and StartupError for an arm that there is not."""
+    chosen = recipe.load(recipe_path, overrides)
+    if control is None:
+        return chosen
+    if control not in CONTROLS:
+        raise StartupError(f"--control {control}: choose {', '.join(CONTROLS[:-1])} or {CONTROLS[-1]}")
+    from reward_server.specs import SpecError, named_spec
+
     try:
-        check_spec(chosen.spec or named_spec(str(chosen.rewards)), have)
+        return with_control(chosen, control, chosen.spec or named_spec(str(chosen.rewards)))
     except SpecError as error:
-        message = str(error)
-        raise RecipeError(message if message.startswith("rewards") else f"rewards: {message}") from error
+        raise RecipeError(f"rewards: {error}") from error
 
 
 def doubts(chosen: Recipe) -> list[str]:
@@ -115,7 +142,9 @@ def check(
 
 
 @app.command()
-def show(recipe_path: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """The recipe with every default written out."""
-    chosen = recipe.load(recipe_path, overrides)
+def show(
+    recipe_path: RecipePath, overrides: Overrides = None, control: ControlArm = None, as_json: AsJson = False
+) -> None:
+    """The recipe, or a control arm of it, with every default written out: parts that run alone can be started on it."""
+    chosen = load_arm(recipe_path, overrides, control)
     typer.echo(json.dumps(chosen.model_dump(mode="json")) if as_json else recipe.dump(chosen), nl=as_json)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from services import logs, recipe
-from services.cli.recipes import check_rewards, doubts
+from services.cli.recipes import ControlArm, check_rewards, doubts, load_arm
 from services.cli.watch import watch
 from services.model_folder import check_local
 from services.startup import StartupError
@@ -36,14 +36,21 @@ def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
         run_dir = filled.run.dir
         console.print(f"run {filled.run.name} in {run_dir} (logs in {run_dir / 'logs'})", highlight=False)
         with Progress(run_dir, filled.trainer.steps, console) as progress:
-            return supervise(services, "trainer", run_dir / "logs", progress)
+            code = supervise(services, "trainer", run_dir / "logs", progress)
+        stopped = run_dir / "stopped.txt"
+        if code == 0 and stopped.exists():
+            console.print(f"stopped by the collapse guard: {stopped.read_text().strip()}", style="red", highlight=False)
+            return 1
+        return code
 
 
-def up(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
+def up(
+    recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = False, control: ControlArm = None
+) -> None:
     """Run a whole recipe on this machine: redis, servers, orchestrator, trainer, supervised. Ctrl-C stops it."""
     logs.configure("WARNING")
     logging.getLogger("services.supervisor").setLevel(logging.INFO)
-    chosen = recipe.load(recipe_path, overrides)
+    chosen = load_arm(recipe_path, overrides, control)
     check_rewards(chosen)
     for line in doubts(chosen):
         log.warning(line)

@@ -17,7 +17,7 @@ from services.orchestrator.pacing import Pace
 from services.orchestrator.progress import GROUPS, SECONDS, RunFailed, Tally, Watch, made_by, newest_of
 from services.orchestrator.routing import RETRIES
 from services.orchestrator.servers import Servers
-from services.queue import GroupQueue
+from services.queue import GroupQueue, Undone
 from services.recipe import Recipe
 from services.request import request_id
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 FAULTS = 3
 """How often a call is tried whose server answers 5xx, or nonsense, before a group is given up."""
 BURIED_IN_A_ROW = 10
+UNANIMOUS = 1e-6
+"""Advantages that differ by no more say the same of every completion."""
 NOT_OF_THE_GROUP = (401, 403, 404, 405)
 """Refusals that speak of the caller's token or of the address, and would bury one group after the other."""
 
@@ -50,6 +52,8 @@ class Desk:
     servers: Servers
     watch: Watch
     tally: Tally
+    refills: tuple[Version | None, int] = (None, 0)
+    """Groups left out since a version was published."""
 
     def required(self, index: int) -> Version:
         """The oldest weights that may make group `index`: of this lineage, at most `max_staleness` steps back."""
@@ -100,11 +104,35 @@ async def _once(desk: Desk, indices: list[int], least: Version) -> list[int]:
     # Scoring took a while: the lineage may have changed again.
     ready = [group for group in scored if made_by(group) >= desk.required(group.index)]
     kept = {group.group_id for group in scored}
-    dead = [group for group in fresh if group.group_id not in kept]
+    done = {group.index for group in fresh if group.group_id not in kept}
     for group in ready:
-        await _push(desk, group)
-    done = {group.index for group in [*ready, *dead]}
+        try:
+            if _is_refilled(desk, group):
+                await _leave_out(desk, group)
+            else:
+                await _push(desk, group)
+        except Undone as undone:
+            log.info("%s: asking again", undone)
+        else:
+            done.add(group.index)
     return [group.index for group in groups if group.index not in done]
+
+
+def _is_refilled(desk: Desk, group: ScoredGroup) -> bool:
+    """Whether dynamic sampling leaves the group out. At most `max_refill` for each group of a step: where hardly any
+    group is of two opinions, training on nothing beats waiting for ever."""
+    pacing = desk.recipe.pacing
+    advantages = [score.advantage for score in group.scores if score.valid]
+    if not pacing.dynamic_sampling or (advantages and max(advantages) - min(advantages) > UNANIMOUS):
+        return False
+    version, count = desk.refills
+    if version != desk.watch.version:
+        version, count = desk.watch.version, 0
+    most = int(pacing.max_refill * desk.recipe.trainer.groups_per_step)
+    if count == most:
+        log.warning("%d unanimous groups since weights %s: from now on they are trained on", count, version)
+    desk.refills = (version, count + 1)
+    return count < most
 
 
 async def _weights(chunk: Chunk, desk: Desk, indices: list[int]) -> Version:
@@ -167,14 +195,14 @@ async def _score(desk: Desk, groups: list[Group]) -> list[ScoredGroup]:
 
     async def ask(groups: list[Group]) -> list[ScoredGroup]:
         async def call(client: RewardClient) -> list[GroupScores]:
-            bodies = [_body(desk, client, group) for group in groups]
+            bodies = [reward_body(desk, client, group) for group in groups]
             try:
                 scores = (await client.rewards(bodies, spec, deadline)).groups
             except Refused as error:
                 if "spec" not in error.fields:
                     raise
                 # It was restarted without a memory, or somebody deleted the spec.
-                await desk.servers.install_spec(client)
+                await desk.servers.install_specs(client)
                 scores = (await client.rewards(bodies, spec, deadline)).groups
             for body, score in zip(bodies, scores, strict=True):
                 served, least = score.scorer_weight_version, body.min_weight_version
@@ -190,7 +218,8 @@ async def _score(desk: Desk, groups: list[Group]) -> list[ScoredGroup]:
     return await _ask_each(desk, "reward", groups, lambda item: item.index, ask) if groups else []
 
 
-def _body(desk: Desk, client: RewardClient, group: Group) -> RewardGroup:
+def reward_body(desk: Desk, client: RewardClient, group: Group) -> RewardGroup:
+    """What a reward server is sent of a group."""
     follow = desk.recipe.scorer.follow
     # A repeatable run must not depend on how soon the scorer noticed a new version either.
     matched = follow == "match" or (follow == "online" and desk.recipe.run.deterministic)
@@ -257,6 +286,15 @@ async def _push(desk: Desk, group: ScoredGroup) -> None:
         trail.note("is pushed", group.group_id, index=group.index, spec_id=group.spec_id, weight_version=made)
     else:
         GROUPS.labels("duplicate").inc()
+
+
+async def _leave_out(desk: Desk, group: ScoredGroup) -> None:
+    if await desk.queue.leave_out(group.group_id, group.index):
+        GROUPS.labels("unanimous").inc()
+        desk.tally.left_out += 1
+    # It was made and scored: the servers work.
+    desk.tally.buried_in_a_row = 0
+    await desk.watch.refresh()
 
 
 async def _bury(desk: Desk, group_id: str, index: int, reason: str) -> None:

@@ -292,14 +292,14 @@ class TaskSource:
         return group_id(self.run_id, index // len(self.tasks), self.task(index).task_id)
 
 
-def load(recipe: Recipe, tokenizer: Any = None) -> TaskSource:
-    """Read, check and filter the recipe's data (`data.limit` rows of it).
+def load(recipe: Recipe, tokenizer: Any = None, data: Data | None = None) -> TaskSource:
+    """Read, check and filter `data` (`limit` rows of it), the recipe's own by default.
 
     With a chat template in the tokenizer, tasks are `messages` (a text prompt becomes the user's turn); without one
     they are the plain `prompt`, the system prompt above it. Prompts longer than `data.max_prompt_tokens` are dropped.
     Raises DataError.
     """
-    data = recipe.data
+    data = data or recipe.data
     started = time.monotonic()
     pattern = None if data.answer_pattern is None else re.compile(data.answer_pattern)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)

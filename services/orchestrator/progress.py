@@ -72,6 +72,7 @@ class Tally:
     state: str = "starting"
     pushed: int = 0
     buried: int = 0
+    left_out: int = 0
     buried_in_a_row: int = 0
     in_flight: int = 0
     pushed_at: float = field(default_factory=time.monotonic)
@@ -100,7 +101,8 @@ class Tally:
 
 
 class Watch:
-    """The run as Redis shows it: newest weights, lineage, queue, dead groups, followers, the trainer's status.
+    """The run as Redis shows it: newest weights, lineage, queue, followers, the trainer's status; `dead` groups (by
+    index), and with those that were left out all that are `gone`; the `floor`, the lowest lineage whose groups count.
 
     `wake` is set whenever it looked, so that its owner looks too. Before the first publication `version` is none.
     """
@@ -113,21 +115,24 @@ class Watch:
         self.version_at = time.monotonic()
         self.lineage = 0
         self.depth = Depth(0, 0, 0, 0.0)
+        self.floor = 0
         self.dead: list[int] = []
+        self.gone: list[int] = []
         self.followers: list[Heartbeat] = []
         self.trainer: dict[str, Any] = {}
         self.extra: dict[str, Any] = {}
-        self._dead_count = -1
+        self._gone_counts = (-1, -1)
         self._lagging: set[tuple[str, str]] = set()
         self._told = self._heard = 0.0
 
     def dead_below(self, index: int) -> int:
-        return bisect.bisect_left(self.dead, index)
+        """Groups of a lower index that will never be trained."""
+        return bisect.bisect_left(self.gone, index)
 
     async def refresh(self) -> None:
         """Read everything once. Raises DeadlineExceeded (Redis stayed away) and RunFailed (it lost its data)."""
         run_id = self.keys.run_id
-        newest, lineage, trainer, self.followers = await insist(
+        newest, lineage, floor, trainer, self.followers = await insist(
             self._read, f"run {run_id}: follow the run", self.queue.patience_seconds
         )
         if newest is None and self.version is not None:
@@ -136,11 +141,14 @@ class Watch:
             log.info("weights %s are published", newest)
             self.version, self.version_at = newest, time.monotonic()
         self.lineage = max(int(lineage or 0), self.version.lineage if self.version else 0)
+        self.floor = int(floor or 0)
         self.trainer = orjson.loads(trainer) if trainer else {}
         self.depth = await self.queue.depth()
-        if self.depth.dead != self._dead_count:
-            self._dead_count = self.depth.dead
+        counts = (self.depth.dead, self.depth.left_out)
+        if counts != self._gone_counts:
+            self._gone_counts = counts
             self.dead = sorted({group.index for group in await self.queue.dead()})
+            self.gone = sorted({*self.dead, *await self.queue.left_out()})
         self._note_lags()
         self._heard = time.monotonic()
         self.wake.set()
@@ -154,11 +162,12 @@ class Watch:
             LAG.labels(*labels).set(versions)
         self._lagging = set(found)
 
-    async def _read(self) -> tuple[Version | None, Any, Any, list[Heartbeat]]:
+    async def _read(self) -> tuple[Version | None, Any, Any, Any, list[Heartbeat]]:
         run_id = self.keys.run_id
         return (
             await newest_version(self.redis, run_id),
             await self.redis.get(self.keys.lineage),
+            await self.redis.get(self.keys.floor),
             await self.redis.hget(self.keys.status, "trainer"),
             await heartbeats(self.redis, run_id),
         )
@@ -183,6 +192,7 @@ class Watch:
             "weight_version": str(self.version) if self.version else None,
             "groups_pushed": self.tally.pushed,
             "groups_buried": self.tally.buried,
+            "groups_left_out": self.depth.left_out,
             "groups_in_flight": self.tally.in_flight,
             "tokens_per_second": round(self.tally.tokens_per_second, 1),
             "queue": {"queued": self.depth.queued, "pending": self.depth.pending, "dead": self.depth.dead},

@@ -13,16 +13,20 @@ from typing import Any
 
 import orjson
 
+from services import commands
 from services.clients import CallError
+from services.commands import Finish, Stop
 from services.keys import Keys
 from services.orchestrator import data
 from services.orchestrator.chunk import Chunk, Desk, finish
+from services.orchestrator.evaluation import Evaluator, Result
+from services.orchestrator.guard import Guard
 from services.orchestrator.pacing import Pace
 from services.orchestrator.progress import RunFailed, Tally, Watch
 from services.orchestrator.servers import Servers
 from services.queue import GroupQueue
 from services.recipe import Recipe
-from services.redis import DeadlineExceeded, cancel, connect, wait_for_redis
+from services.redis import DeadlineExceeded, cancel, connect, insist, wait_for_redis
 from services.startup import StartupError
 from services.status import serving_status
 
@@ -63,6 +67,9 @@ async def orchestrate(
         loop.add_signal_handler(number, on_signal, number)
 
     source = await asyncio.to_thread(data.load, recipe)
+    held_out = None
+    if recipe.evaluation is not None:
+        held_out = await asyncio.to_thread(data.load, recipe, None, recipe.evaluation.data)
     tally = Tally()
     try:
         redis: Any = connect(redis_url)
@@ -85,7 +92,9 @@ async def orchestrate(
                 port = recipe.tracking.metrics_port + 1
                 stack.enter_context(serving_status("orchestrator", port, watch.ready, watch.status))
             try:
-                return await Loop(desk, wake, stops, stay).run()
+                evaluator = Evaluator(desk, recipe.evaluation, held_out) if recipe.evaluation and held_out else None
+                guard = Guard(recipe, recipe.guard, redis, wake) if recipe.guard else None
+                return await Loop(desk, wake, stops, stay, evaluator, guard).run()
             finally:
                 await servers.close()
     finally:
@@ -111,11 +120,23 @@ async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
 
 
 class Loop:
-    """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet."""
+    """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet, `floor` the
+    lowest lineage whose groups counted when it began."""
 
-    def __init__(self, desk: Desk, wake: asyncio.Event, stops: list[signal.Signals], stay: bool = False):
+    def __init__(
+        self,
+        desk: Desk,
+        wake: asyncio.Event,
+        stops: list[signal.Signals],
+        stay: bool = False,
+        evaluator: Evaluator | None = None,
+        guard: Guard | None = None,
+    ):
         self.desk, self.wake, self.stops, self.stay = desk, wake, stops, stay
-        self.cursor = 0
+        self.evaluator, self.guard = evaluator, guard
+        self.evaluating: asyncio.Task[Result] | None = None
+        self.ended = False
+        self.cursor = self.floor = 0
         self.seen: set[str] | None = None
         self.running: dict[asyncio.Task[None], Chunk] = {}
         self.reminded = time.monotonic()
@@ -124,8 +145,14 @@ class Loop:
         """Returns the exit code."""
         desk = self.desk
         await desk.watch.refresh()
-        follower = asyncio.create_task(desk.watch.follow())
-        follower.add_done_callback(lambda _: self.wake.set())
+        self.floor = desk.watch.floor
+        if self.evaluator is not None:
+            await self.evaluator.load()
+        followers = [asyncio.create_task(desk.watch.follow())]
+        if self.guard is not None:
+            followers.append(asyncio.create_task(self.guard.follow()))
+        for follower in followers:
+            follower.add_done_callback(lambda _: self.wake.set())
         probes = [
             asyncio.create_task(routes.call(_nothing)) for routes in (desk.servers.rollouts, desk.servers.rewards)
         ]
@@ -134,7 +161,7 @@ class Loop:
         try:
             while True:
                 self.wake.clear()
-                for task in [follower, *probes, *self.running]:
+                for task in [*followers, *probes, *self.running]:
                     if task.done():
                         await task
                         self.running.pop(task, None)
@@ -144,6 +171,8 @@ class Loop:
                     if desk.tally.state != "finished":
                         log.info("training is over after %s", desk.watch.version)
                     desk.tally.state = "finished"
+                    if self.guard is not None:
+                        await self.guard.close()
                     if not self.stay:
                         return 0
                     await cancel(*probes)  # whether there still are servers matters no more
@@ -153,8 +182,12 @@ class Loop:
                         # Not before: a trainer that publishes has told a redis that lost its data what was trained.
                         self.seen = await desk.queue.seen()
                         log.info("%d groups were pushed or given up before this start", len(self.seen))
+                    await self._go_back()
                     if all(probe.done() for probe in probes):
-                        self._admit()
+                        await self._evaluate()
+                        if not self._is_held():
+                            self._admit()
+                    await self._finish()
                     self._look_for_a_stall()
                 await self.wake.wait()
         except (RunFailed, CallError, DeadlineExceeded, StartupError) as error:
@@ -162,7 +195,7 @@ class Loop:
             desk.watch.extra["reason"] = str(error)
             raise
         finally:
-            await cancel(follower, *probes, *self.running)
+            await cancel(*followers, *probes, *self.running, *([self.evaluating] if self.evaluating else []))
             await self._last_status()
 
     def _admit(self) -> None:
@@ -192,7 +225,8 @@ class Loop:
             if self.cursor == first:
                 return None
             ids = {index: desk.source.group_id(index) for index in range(first, self.cursor)}
-            missing = [index for index, group_id in ids.items() if group_id not in self.seen]
+            here = {index for chunk in self.running.values() for index in chunk.indices}
+            missing = [index for index, group_id in ids.items() if group_id not in self.seen and index not in here]
             if not missing:
                 continue
             if desk.recipe.run.deterministic:
@@ -203,16 +237,72 @@ class Loop:
     def _is_over(self) -> bool:
         watch = self.desk.watch
         said = watch.trainer.get("state") == "done" and watch.trainer.get("at", 0) > watch.extra["started_at"]
+        if self.desk.recipe.has_orders:
+            return said or self.ended
         if watch.version is None or watch.version.version < self.desk.pace.steps:
             return said
         # An empty queue after the last step means that a durable checkpoint holds all of it.
         return said or watch.depth.queued + watch.depth.pending == 0
 
+    async def _go_back(self) -> None:
+        """After a roll-back: what it undid is made again, from the first index on that is missing."""
+        desk, version = self.desk, self.desk.watch.version
+        if version is None or desk.watch.floor == self.floor or version.lineage < desk.watch.floor:
+            return
+        log.info("the trainer went back to %s: what it undid is made again", version)
+        self.floor = desk.watch.floor
+        running = [*self.running, *([self.evaluating] if self.evaluating else [])]
+        await cancel(*running)
+        self.running, self.evaluating = {}, None
+        if self.evaluator is not None:
+            await self.evaluator.forget(version.version)
+        self.cursor, self.seen = 0, await desk.queue.seen()
+
+    async def _evaluate(self) -> None:
+        """Take the result of an evaluation that ended, and start the one that is due."""
+        if self.evaluator is None:
+            return
+        if self.evaluating is not None and self.evaluating.done():
+            result = await self.evaluating
+            self.evaluating = None
+            if self.guard is not None and "auc" in result.metrics and result.version.lineage >= self.floor:
+                version = result.version
+                await self.guard.note_evaluation(version.version, version.lineage, result.metrics["auc"])
+        due = self.evaluator.due()
+        if self.evaluating is None and due is not None:
+            self.evaluating = asyncio.create_task(self.evaluator.evaluate(due))
+            self.evaluating.add_done_callback(lambda _: self.wake.set())
+
+    def _is_held(self) -> bool:
+        """Whether a repeatable run waits for its watchers before it makes more."""
+        version = self.desk.watch.version
+        if not self.desk.recipe.run.deterministic or version is None:
+            return False
+        return self.evaluating is not None or (self.guard is not None and self.guard.holds(version))
+
+    async def _finish(self) -> None:
+        """Where the trainer waits for orders: let it go once its last weights were looked at, and note that it went."""
+        desk, version = self.desk, self.desk.watch.version
+        if not desk.recipe.has_orders or version is None or self.ended:
+            return
+        run_id, redis = desk.recipe.run.name, desk.watch.redis
+        if desk.watch.trainer.get("state") == "stopped":
+            given = await insist(lambda: commands.after(redis, run_id, 0), f"run {run_id}: orders", REDIS_SECONDS)
+            is_ours = desk.watch.trainer.get("at", 0) > desk.watch.extra["started_at"]
+            self.ended = is_ours and any(isinstance(order, Stop) for order in given)
+        is_watched = self.guard is None or not self.guard.holds(version)
+        if version.version < desk.pace.steps or self.evaluating is not None or not is_watched:
+            return
+        order = Finish(id=f"finish-{version}")
+        await insist(lambda: commands.send(redis, run_id, order), f"run {run_id}: finish", REDIS_SECONDS)
+        obeyed = await insist(lambda: commands.all_obeyed(redis, run_id), f"run {run_id}: orders", REDIS_SECONDS)
+        self.ended = order.id in obeyed
+
     def _look_for_a_stall(self) -> None:
         """Raises RunFailed when the trainer has all it may get and publishes nothing for too long."""
         watch, limit = self.desk.watch, self.desk.recipe.trainer.batch_deadline_seconds
         now = time.monotonic()
-        busy = any(not chunk.waiting for chunk in self.running.values())
+        busy = self.evaluating is not None or any(not chunk.waiting for chunk in self.running.values())
         quiet = now - max(watch.version_at, self.desk.tally.pushed_at)
         if busy:
             return

@@ -7,6 +7,7 @@ from typing import Any
 from services.clients import Refused, RewardClient, RolloutClient, ServerFault, ServiceClient
 from services.orchestrator.routing import Routes
 from services.recipe import Recipe
+from services.spec import RewardSpec
 from services.startup import StartupError
 
 log = logging.getLogger(__name__)
@@ -23,8 +24,14 @@ class Servers:
     def __init__(self, recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], recipe_changed: bool):
         self.recipe, self.recipe_changed = recipe, recipe_changed
         self.spec_name = recipe.run.name if recipe.spec else str(recipe.rewards)
+        self.specs: dict[str, RewardSpec | None] = {self.spec_name: recipe.spec}
+        self.evaluation_spec = ""
+        if recipe.evaluation is not None:
+            spec = recipe.evaluation.spec
+            self.evaluation_spec = f"{recipe.run.name}.evaluation" if spec else str(recipe.evaluation.rewards)
+            self.specs.setdefault(self.evaluation_spec, spec)
         self._vocabularies: dict[str, int] = {}
-        self._installed: set[str] = set()
+        self._installed: set[tuple[str, str]] = set()
         tokens = (os.environ.get("RLIF_API_TOKEN") or None, os.environ.get("RLIF_ADMIN_TOKEN") or None)
         try:
             # Failing over to another server beats waiting for the same one, so the clients themselves do not retry.
@@ -47,7 +54,7 @@ class Servers:
 
     async def _prepare_reward(self, client: RewardClient) -> None:
         self._agree(client, "reward", await self._describe(client, "reward"))
-        await self.install_spec(client)
+        await self.install_specs(client)
 
     async def _describe(self, client: ServiceClient, service: str) -> dict[str, Any]:
         try:
@@ -75,31 +82,34 @@ class Servers:
         if model != self.recipe.model.path:
             log.warning("%s serves %r, the recipe's model is %r", client.url, model, self.recipe.model.path)
 
-    async def install_spec(self, client: RewardClient) -> None:
-        """See that the server knows the run's spec; put the recipe's where it does not.
+    async def install_specs(self, client: RewardClient) -> None:
+        """See that the server knows the run's specs; put the recipe's where it does not.
 
         A spec that somebody put under the run's name while the run went on stays, unless the recipe was changed since.
-        Raises StartupError when the server cannot compute it, or does not know the name that the recipe gives.
+        Raises StartupError when the server cannot compute one, or does not know the name that the recipe gives.
         """
-        spec = self.recipe.spec
+        for name, spec in self.specs.items():
+            await self._install(client, name, spec)
+
+    async def _install(self, client: RewardClient, name: str, spec: RewardSpec | None) -> None:
         try:
             try:
-                known = await client.get_spec(self.spec_name, deadline_seconds=CHECK_SECONDS)
+                known = await client.get_spec(name, deadline_seconds=CHECK_SECONDS)
             except Refused as error:
                 if error.status != 404:
                     raise
                 known = None
             if spec is None:
                 if known is None:
-                    raise StartupError(f"rewards: reward server {client.url} knows no spec {self.spec_name!r}")
+                    raise StartupError(f"rewards: reward server {client.url} knows no spec {name!r}")
                 return
             if known is not None and known.spec_id == spec.spec_id:
                 return
-            if known is not None and (client.url in self._installed or not self.recipe_changed):
-                log.warning("%s has another spec than the recipe under %r: it stays", client.url, self.spec_name)
+            if known is not None and ((client.url, name) in self._installed or not self.recipe_changed):
+                log.warning("%s has another spec than the recipe under %r: it stays", client.url, name)
                 return
-            await client.put_spec(self.spec_name, spec, CHECK_SECONDS)
-            self._installed.add(client.url)
-            log.info("spec %r (%s) is put on %s", self.spec_name, spec.spec_id, client.url)
+            await client.put_spec(name, spec, CHECK_SECONDS)
+            self._installed.add((client.url, name))
+            log.info("spec %r (%s) is put on %s", name, spec.spec_id, client.url)
         except (Refused, ServerFault) as error:
-            raise StartupError(f"rewards: spec {self.spec_name!r} is refused: {error}") from error
+            raise StartupError(f"rewards: spec {name!r} is refused: {error}") from error

@@ -1,0 +1,32 @@
+"""Control arms: a recipe whose reward is replaced by one that a gain must not come from."""
+
+from typing import Literal, get_args
+
+from services import recipe as recipes
+from services.recipe import Recipe
+from services.spec import RewardSpec, RewardTerm
+
+Control = Literal["random", "format", "inverted"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
+KEY = "control"
+"""Key of the replacing term in `components`."""
+
+
+def with_control(recipe: Recipe, control: Control, spec: RewardSpec) -> Recipe:
+    """The recipe as a control arm of itself. Only the reward changes, and the run's name and folders, which get the
+    arm's name as suffix. `spec` is the recipe's reward written out: its terms stay, measured and not trained on;
+    `inverted` trains on them with the opposite sign instead. Raises RecipeError.
+    """
+    if control == "inverted":
+        terms = [term.model_copy(update={"weight": -term.weight}) for term in spec.rewards]
+    else:
+        params = {"seed": recipe.run.seed} if control == "random" else {}
+        measured = [term.model_copy(update={"weight": 0.0, "schedule": None}) for term in spec.rewards]
+        terms = [RewardTerm(name=control, label=KEY, params=params), *measured]
+    tree = recipe.model_dump(mode="json")
+    tree["run"] |= {"name": f"{recipe.run.name}-{control}", "dir": f"{recipe.run.dir}-{control}"}
+    if recipe.weights.dir is not None:
+        tree["weights"]["dir"] = f"{recipe.weights.dir}-{control}"
+    tree["rewards"] = [term.model_dump(mode="json") for term in terms]
+    tree["combine"] = spec.combine.model_dump(mode="json")
+    return recipes.parse(tree)

@@ -1,0 +1,58 @@
+"""What an evaluation says: pure functions of scored groups."""
+
+from collections.abc import Sequence
+
+from services.contract import Outcome, ScoredGroup
+
+JUDGED = frozenset({Outcome.correct, Outcome.wrong, Outcome.no_answer})
+
+
+def auc(right: Sequence[float], wrong: Sequence[float]) -> float | None:
+    """How often a right answer's value is above a wrong one's, ties counting half (the Mann-Whitney statistic over the
+    number of pairs); none where either is missing."""
+    if not right or not wrong:
+        return None
+    # Mean ranks, so that it costs a sort and not a pass over all pairs.
+    ranked = sorted([(value, True) for value in right] + [(value, False) for value in wrong])
+    total, start = 0.0, 0
+    while start < len(ranked):
+        end = start
+        while end < len(ranked) and ranked[end][0] == ranked[start][0]:
+            end += 1
+        total += (start + 1 + end) / 2 * sum(is_right for _, is_right in ranked[start:end])
+        start = end
+    return (total - len(right) * (len(right) + 1) / 2) / (len(right) * len(wrong))
+
+
+def measure(groups: Sequence[ScoredGroup], judge: str, certainty: str | None) -> dict[str, float]:
+    """Metrics by name, those left out that no completion has a value for: `accuracy` of the term `judge`, and of every
+    term that judges `accuracy.<term>`, the share of `correct`; `value.<term>`, the mean raw value; `length` in tokens;
+    `stopped`, the share that ended by itself; with the key of a term `certainty`, `auc` of its value for right against
+    wrong answers by `judge`."""
+    completions = [one for group in groups for one in group.completions]
+    components = [score.components for group in groups for score in group.scores]
+    found = {
+        "length": sum(len(one.token_ids) for one in completions) / len(completions),
+        "stopped": sum(one.finish_reason == "stop" for one in completions) / len(completions),
+    }
+    for name in sorted({name for those in components for name in those}):
+        scores = [those[name] for those in components if name in those]
+        values = [score.value for score in scores if score.value is not None]
+        judged = [score.outcome == Outcome.correct for score in scores if score.outcome in JUDGED]
+        if values:
+            found[f"value.{name}"] = sum(values) / len(values)
+        if judged:
+            found[f"accuracy.{name}"] = sum(judged) / len(judged)
+    if f"accuracy.{judge}" in found:
+        found["accuracy"] = found[f"accuracy.{judge}"]
+    if certainty is not None:
+        sides: dict[bool, list[float]] = {True: [], False: []}
+        for those in components:
+            if judge in those and certainty in those and those[judge].outcome in JUDGED:
+                value = those[certainty].value
+                if value is not None:
+                    sides[those[judge].outcome == Outcome.correct].append(value)
+        area = auc(sides[True], sides[False])
+        if area is not None:
+            found["auc"] = area
+    return found

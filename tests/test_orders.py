@@ -1,0 +1,138 @@
+"""Orders to a real trainer: obeyed once, in order, between two steps, and again at the same step after a crash."""
+
+import asyncio
+import json
+import time
+
+import pytest
+import yaml
+from test_trainer import GROUPS_PER_STEP, STEPS, Run, read_steps, surviving
+
+from services import commands, recipe
+from services.commands import Evaluated, Finish, RaiseBeta, RollBack, Stop
+from services.contract import Version
+from services.queue import GroupQueue
+from services.redis import connect
+
+pytestmark = pytest.mark.timeout(900)
+SECONDS = 300.0
+"""A trainer starts in a few seconds; on a machine that does much else it takes minutes."""
+GUARD = {"action": "roll_back"}
+ORDERED = {"schedule": "constant", "warmup": 0, "checkpoints": {"every": STEPS, "keep": 2}}
+
+
+def on_redis(call, url: str):
+    async def asked():
+        async with connect(url) as client:
+            return await call(client)
+
+    return asyncio.run(asked())
+
+
+def order(run: Run, given) -> bool:
+    return on_redis(lambda client: commands.send(client, run.name, given), run.redis_url)
+
+
+def obeyed(run: Run) -> dict[str, commands.Obeyed]:
+    return on_redis(lambda client: commands.all_obeyed(client, run.name), run.redis_url)
+
+
+def push(run: Run, groups, lineage: int) -> None:
+    async def push(client):
+        for group in groups:
+            made = [c.model_copy(update={"weight_version": Version(lineage=lineage)}) for c in group.completions]
+            assert await GroupQueue(client, run.name).push(group.model_copy(update={"completions": made}))
+
+    on_redis(push, run.redis_url)
+
+
+def guarded(folder, model, url, name: str, **trainer) -> Run:
+    run = Run(folder, model, url, name, **trainer)
+    run.recipe_path.write_text(yaml.safe_dump({**yaml.safe_load(run.recipe_path.read_text()), "guard": GUARD}))
+    run.recipe = recipe.load(run.recipe_path)
+    return run
+
+
+async def test_an_order_is_given_once_and_they_keep_their_order(redis_url):
+    async with connect(redis_url) as client:
+        first, second = Finish(id="a"), Stop(id="b", reason="x")
+        assert [await commands.send(client, "orders", o) for o in (first, second, first)] == [True, True, False]
+        assert await commands.after(client, "orders", 0) == [first, second]
+        assert await commands.after(client, "orders", 1) == [second]
+        await commands.note_obeyed(client, "orders", "a", commands.Obeyed(step=1, lineage=0, effect="done"))
+        # A trainer that obeyed more than redis knows of: redis lost its data, what it has came since.
+        assert await commands.after(client, "orders", 7) == [second]
+
+
+@pytest.fixture(scope="module")
+def ordered(tiny_model, redis_url, tmp_path_factory):
+    """Beta is raised after step 2; killed after step 3 and gone on from the first weights; rolled back after step 4,
+    and killed again; stopped after step 3 of the third start."""
+    run = guarded(tmp_path_factory.mktemp("orders"), tiny_model, redis_url, "ordered", **ORDERED)
+    at = [number * GROUPS_PER_STEP for number in range(STEPS + 1)]
+    try:
+        run.push(0, at[2])
+        run.start().wait_for(2, 0, SECONDS)
+        order(run, RaiseBeta(id="raise", factor=2.0, cap=0.15, reason="a test"))
+        ends = time.monotonic() + SECONDS
+        while not obeyed(run):  # while it waits for groups
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+        run.push(at[2], at[3])
+        run.wait_for(3, 0, SECONDS)
+        kill(run)
+        run.start("--resume").wait_for(3, 1, SECONDS)
+        run.push(at[3], at[4])
+        run.wait_for(4, 1, SECONDS)
+        order(run, Evaluated(id="look", version=Version(version=0), numbers={"accuracy": 0.5}, best=True))
+        order(run, RollBack(id="back", before=2, rate_factor=0.5, reason="a test"))
+        run.wait_for(0, 2, SECONDS)
+        kill(run)
+        run.start("--resume").wait_for(0, 3, SECONDS)
+        push(run, run.groups[: at[3]], lineage=3)
+        run.wait_for(3, 3, SECONDS)
+        order(run, Stop(id="stop", reason="a test says so"))
+        assert run.end(SECONDS) == 0, run.log.read_text()[-4000:]
+        yield run
+    finally:
+        run.close()
+
+
+def kill(run: Run) -> None:
+    assert run.process
+    run.process.kill()
+    run.end()
+
+
+def test_a_restored_trainer_obeys_at_the_same_step_again(ordered):
+    lines = read_steps(ordered.dir)
+    assert [line["loss"] for line in lines[3:6]] == [line["loss"] for line in lines[:3]]
+
+
+def test_a_roll_back_makes_undone_groups_again_at_the_lower_rate(ordered):
+    lines = read_steps(ordered.dir)
+    places = [(line["lineage"], line["step"], line["start"]) for line in lines]
+    assert places == [(0, n, 0) for n in (1, 2, 3)] + [(1, n, 0) for n in (1, 2, 3, 4)] + [(3, n, 0) for n in (1, 2, 3)]
+    rates = [line["lr"] for line in lines]
+    assert rates[7:] == pytest.approx([rate / 2 for rate in rates[:3]])
+    kept = surviving(lines)
+    expected = [group.group_id for group in ordered.groups[: 3 * GROUPS_PER_STEP]]
+    assert [group for step in sorted(kept) for group in kept[step]] == expected
+    assert lines[7]["loss"] == lines[0]["loss"]  # the same groups from the same weights
+
+
+def test_what_came_of_orders_is_known_and_outlives_a_kill(ordered):
+    found = obeyed(ordered)
+    assert {name: (one.step, one.lineage) for name, one in found.items()} == {
+        "raise": (2, 1), "look": (4, 1), "back": (0, 2), "stop": (3, 3),
+    }  # fmt: skip
+    assert found["raise"].effect == "kl_beta 0.1 -> 0.15" and found["look"].effect == "checkpoint 1-0 is the best"
+    assert found["back"].effect == "from step 4 back to 0, learning rate x 0.5"
+    assert ordered.log.read_text().count("roll_back: ") == 1
+
+
+def test_a_stop_ends_with_a_checkpoint_and_the_reason(ordered):
+    assert ordered.status()["state"] == "stopped" and ordered.depth().pending == 0
+    assert (ordered.dir / "stopped.txt").read_text() == "a test says so\n"
+    kept = json.loads((ordered.dir / "checkpoints" / "3-3" / "state.json").read_text())
+    assert (kept["orders"], kept["kl_beta"], kept["rate"]) == (4, 0.15, 0.5)
