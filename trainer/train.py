@@ -9,6 +9,7 @@ import os
 import random
 import time
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from services.queue import Entry
 from services.recipe import Recipe, RecipeError
 from services.redis import connect_sync
 from services.status import serving_status
-from services.steps import StepsError, read_steps
 from services.weights.publish import Publisher
-from trainer import checkpoint, metrics, policy
+from trainer import checkpoint, export, metrics, policy
 from trainer import engine as engines
 from trainer.batch import Sequences, sequences
 from trainer.checkpoint import Progress
@@ -38,16 +38,17 @@ STOP = b""
 """Sent instead of a batch when the run is to end."""
 
 
-def main(recipe: Recipe, redis_url: str, resume: bool = False) -> int:
+def main(recipe: Recipe, redis_url: str, resume: bool = False, resume_from: Path | None = None) -> int:
     """Run the trainer to its last step, or to a SIGTERM: 0 then, with a checkpoint of the last step done.
 
     One process, or one of the ranks that torchrun started. With `resume` it goes on from the newest checkpoint in
-    `run.dir`, in a new lineage; from the start when there is none. Raises RecipeError (what is asked for cannot run),
+    `run.dir`, in a new lineage; when there is none, from the model folder `resume_from` (its weights, and a fresh
+    optimizer) where one is given, else from the start. Raises RecipeError (what is asked for cannot run),
     StartupError (the metrics port is taken), DeadlineExceeded (no groups, no redis), Fenced (another trainer took
     over), NotFinite (the loss broke).
     """
     engines.check(recipe)
-    _refuse_used_folder(recipe, resume)
+    _refuse_used_folder(recipe, resume or resume_from is not None)
     with join(recipe.trainer) as ranks, ExitStack() as stack:
         waits = Waits()
         if ranks.first and recipe.tracking.metrics_port is not None:
@@ -56,24 +57,33 @@ def main(recipe: Recipe, redis_url: str, resume: bool = False) -> int:
         if feed is not None:
             stack.callback(feed.close)
         stack.enter_context(graceful(feed))
-        return _train(recipe, redis_url, resume, ranks, feed, waits)
+        return _train(recipe, redis_url, resume, resume_from, ranks, feed, waits)
 
 
-def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Feed | None, waits: Waits) -> int:
+def _train(
+    recipe: Recipe,
+    redis_url: str,
+    resume: bool,
+    resume_from: Path | None,
+    ranks: Ranks,
+    feed: Feed | None,
+    waits: Waits,
+) -> int:
     run_dir, trainer = recipe.run.dir, recipe.trainer
     _seed(recipe)
-    trained = policy.load(recipe.model, trainer.gradient_checkpointing)
+    start = _start(recipe, resume, resume_from, ranks)
+    model = recipe.model.model_copy(update={"path": start.model, "revision": None}) if start.model else recipe.model
+    trained = policy.load(model, trainer.gradient_checkpointing)
     engine = engines.start(trained, recipe, ranks)
     reference = engines.start_frozen(policy.reference(recipe.model), recipe, ranks) if trainer.kl_beta > 0 else None
-    progress = _restore(engine, recipe, resume, ranks, feed)
-    start = progress.step
+    progress = _restore(engine, recipe, start, ranks, feed)
     waits.over("model")
 
     publisher, records, files = None, None, run_dir / "model"
     if ranks.first:
         policy.save_files(recipe.model, files)
         publisher = Publisher(connect_sync(redis_url), recipe.run.name, recipe.weights_dir, recipe.weights.keep)
-        records = metrics.StepLog(run_dir, trainer.steps, start, recipe.tracking.tensorboard)
+        records = metrics.StepLog(run_dir, trainer.steps, start.step, recipe.tracking.tensorboard)
     seconds = {"publish": _publish(publisher, trained, progress, files, trainer.zero_stage == 3, feed)}
 
     durable = progress.step
@@ -91,7 +101,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
             progress.unacknowledged += [entry.entry_id for entry in entries]
             seconds["publish"] = _publish(publisher, trained, progress, files, trainer.zero_stage == 3, feed)
         if feed is not None and records is not None:
-            _note(feed, records, progress, start, entries, result, seconds)
+            _note(feed, records, progress, start.step, entries, result, seconds)
         seconds = {}
 
         if progress.step % trainer.checkpoints.every == 0 or progress.step == trainer.steps:
@@ -131,32 +141,50 @@ def _seed(recipe: Recipe) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _restore(engine: Any, recipe: Recipe, resume: bool, ranks: Ranks, feed: Feed | None) -> Progress:
-    """The newest checkpoint's state (or the base model's), in a lineage that no trainer of this run has had."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on: from `checkpoint`, or from the weights of the folder `model`, or (both empty) from
+    the recipe's model. `lineage` is the last one known of; `consumed` and `trained` as in `Feed.claim`."""
+
+    checkpoint: str = ""
+    model: str = ""
+    step: int = 0
+    lineage: int = -1
+    consumed: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
+
+
+def _start(recipe: Recipe, resume: bool, resume_from: Path | None, ranks: Ranks) -> Start:
+    """Rank 0 looks; every rank gets the same."""
+    payload = None
+    if ranks.first:
+        run_dir = recipe.run.dir
+        go_on = resume or resume_from is not None
+        found = checkpoint.newest(run_dir / "checkpoints", recipe) if go_on else None
+        if found is not None:
+            path, progress = found
+            trained = export.trained_groups(run_dir, progress.step)
+            start = Start(str(path), "", progress.step, progress.lineage, progress.unacknowledged, trained)
+        elif resume_from is not None:
+            progress = export.begin_from(resume_from, recipe)
+            trained = export.trained_before(resume_from) if progress.step else []
+            start = Start("", str(resume_from), progress.step, progress.lineage, [], trained)
+        else:
+            start = Start()
+        payload = json.dumps(asdict(start)).encode()
+    return Start(**json.loads(ranks.broadcast(payload)))
+
+
+def _restore(engine: Any, recipe: Recipe, start: Start, ranks: Ranks, feed: Feed | None) -> Progress:
+    """The state to go on from, in a lineage that no trainer of this run has had."""
     payload = None
     if feed is not None:
-        found = checkpoint.newest(recipe.run.dir / "checkpoints", recipe) if resume else None
-        path, progress = found or (None, Progress(lineage=-1))
-        trained = _trained(recipe.run.dir, progress.step)
-        lineage = feed.claim(progress.lineage + 1, progress.unacknowledged, trained)
-        payload = json.dumps({"path": str(path or ""), "step": progress.step, "lineage": lineage}).encode()
-    start = json.loads(ranks.broadcast(payload))
-    if start["path"]:
-        checkpoint.load(engine, Path(start["path"]), ranks)
-    log.info("lineage %d starts from %s", start["lineage"], start["path"] or recipe.model.path)
-    return Progress(step=start["step"], lineage=start["lineage"])
-
-
-def _trained(run_dir: Path, step: int) -> list[str]:
-    """The groups (ids) of the first `step` steps, from the audit trail."""
-    if step == 0:
-        return []
-    try:
-        rows = read_steps(run_dir / "steps.jsonl")
-    except StepsError as error:
-        log.warning("only redis knows which groups were trained: %s", error)
-        return []
-    return [group_id for row in rows if row["step"] <= step for group_id in row["group_ids"]]
+        payload = str(feed.claim(start.lineage + 1, start.consumed, start.trained)).encode()
+    lineage = int(ranks.broadcast(payload))
+    if start.checkpoint:
+        checkpoint.load(engine, Path(start.checkpoint), ranks)
+    log.info("lineage %d starts from %s", lineage, start.checkpoint or start.model or recipe.model.path)
+    return Progress(step=start.step, lineage=lineage)
 
 
 def _next_batch(
