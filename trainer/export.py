@@ -93,8 +93,9 @@ def begin_from(folder: Path, recipe: Recipe) -> Progress:
     from transformers import AutoConfig
 
     try:
-        base = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
-        given = AutoConfig.from_pretrained(folder)
+        trust = recipe.model.trust_remote_code
+        base = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, trust_remote_code=trust)
+        given = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise RecipeError(f"--resume-from: {folder} is not a model folder: {error}") from error
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
