@@ -25,6 +25,8 @@ MAX_RESTARTS = 10
 CALM_SECONDS = 120.0
 STOP_SECONDS = 30.0
 """How long a process may take to stop after SIGTERM before it is killed."""
+CHECKPOINT_SECONDS = 120
+"""How long a trainer may take for that: it finishes its step and saves a checkpoint."""
 TICK_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1
 

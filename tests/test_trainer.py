@@ -28,7 +28,7 @@ from services.recipe import RecipeError
 from services.redis import connect, connect_sync
 from trainer import checkpoint
 from trainer.engine import learning_rate
-from trainer.export import export
+from trainer.export import begin_from, export
 from trainer.metrics import StepLog, of_groups
 from trainer.reference import Reference
 from trainer.train import main
@@ -391,7 +391,9 @@ def runs(tiny_model, redis_url, tmp_path_factory):
         broken.end()
         # The checkpoint was of step 2: step 3 is lost, and its groups come again.
         broken.start("--resume").wait_for(step=3, lineage=1)
-        broken.process.send_signal(signal.SIGTERM)
+        for _ in range(3):  # who is impatient spoils nothing
+            broken.process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
         assert broken.end() == 0, broken.log.read_text()[-4000:]
         assert broken.depth().pending == 0 and broken.status()["state"] == "stopped"
         broken.push(3 * GROUPS_PER_STEP, STEPS * GROUPS_PER_STEP)
@@ -561,3 +563,51 @@ def test_two_ranks_with_partitioned_weights(tiny_model, redis_url, tmp_path):
     exported = load_file(tmp_path / "model" / "model.safetensors")
     for name in weights:
         assert torch.equal(exported[name], weights[name]), name
+
+
+def test_a_run_goes_on_from_an_exported_folder(runs, tiny_model, redis_url, tmp_path):
+    """Only the export of step 4 survived: the run's folder and its redis are new."""
+    first = runs[0]
+    past = tmp_path / "past"
+    (past / "checkpoints").mkdir(parents=True)
+    shutil.copytree(first.dir / "checkpoints" / "0-4", past / "checkpoints" / "0-4")
+    shutil.copytree(first.dir / "model", past / "model")
+    shutil.copy(first.dir / "steps.jsonl", past)
+    (past / "recipe.yaml").write_text(first.recipe_path.read_text())
+    assert export(past, tmp_path / "exported") == Version(version=4)
+
+    run = Run(tmp_path, tiny_model, f"{redis_url}?db=1", "unbroken")
+    run.push(0, STEPS * GROUPS_PER_STEP)
+    try:
+        assert run.start("--resume-from", str(tmp_path / "exported")).end() == 0, run.log.read_text()[-4000:]
+    finally:
+        run.close()
+    lines, before = read_steps(run.dir), read_steps(first.dir)
+    assert [(line["lineage"], line["step"], line["start"]) for line in lines] == [(1, 5, 4), (1, 6, 4)]
+    assert [line["group_ids"] for line in lines] == [line["group_ids"] for line in before[4:]]
+    assert lines[0]["loss"] == before[4]["loss"]  # the same weights; what differs is the optimizer
+    # The same command goes on from its checkpoint when there is one.
+    assert run.start("--resume-from", str(tmp_path / "exported")).end() == 0
+    assert read_steps(run.dir) == lines
+
+
+def test_where_a_folder_lets_a_run_begin(tiny_model, tmp_path):
+    def begin(folder: Path, name: str = "test") -> tuple[int, int]:
+        progress = begin_from(folder, recipe.parse(make_recipe(tiny_model, tmp_path, name)))
+        return progress.step, progress.lineage
+
+    folder = tmp_path / "exported"
+    shutil.copytree(tiny_model, folder)
+    assert begin(folder) == (0, -1)  # a plain folder: only weights
+    (folder / "rlif.json").write_text('{"run": "test", "step": 7, "lineage": 2, "trained": ["a"]}')
+    assert begin(folder) == (7, 2)
+    assert begin(folder, "other") == (0, -1)
+    (folder / "rlif.json").write_text("{")
+    with pytest.raises(RecipeError, match="--resume-from: .*rlif.json cannot be read"):
+        begin(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    with pytest.raises(RecipeError, match="--resume-from: .* has num_hidden_layers 5, .* has 2"):
+        begin(folder)
+    with pytest.raises(RecipeError, match="--resume-from: .* is not a model folder"):
+        begin(tmp_path / "nowhere")

@@ -1,19 +1,30 @@
-"""A run's weights as a Hugging Face model folder, from the run's files alone."""
+"""A run's weights as a Hugging Face model folder, from the run's files alone; back into a run; and to the hub."""
 
+import json
+import logging
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from services import recipe as recipes
 from services.contract import Version, WeightVersion
-from services.recipe import Model, RecipeError
+from services.recipe import Model, Recipe, RecipeError
+from services.startup import StartupError
+from services.steps import StepsError, read_steps
 from services.weights import disk
-from trainer import checkpoint, pieces
+from trainer import card, checkpoint, pieces
 from trainer import policy as policies
+from trainer.checkpoint import Progress
 
+log = logging.getLogger(__name__)
+
+ABOUT = "rlif.json"
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
 
 
@@ -21,6 +32,7 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     """Write the newest weights of the run in `run_dir` to the new folder `out_dir`, and return their version.
 
     Takes the newest published version, or the newest checkpoint where that is newer or what was published is damaged.
+    Beside the weights: a model card (README.md), and `rlif.json`, from which a run can go on (`begin_from`).
     Raises RecipeError: no weights there, or `out_dir` is not empty.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
@@ -35,16 +47,99 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     if saved is None or (published is not None and published[0] >= saved[0]):
         assert published is not None
         version, folder = published
-        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("manifest.json"))
+        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("manifest.json", ABOUT, "README.md"))
     else:
         version, folder = saved
         aside.mkdir(parents=True)
         manifest = disk.write_tensors(aside, _tensors(folder))
         disk.copy_config(run_dir / "model", aside, manifest)
+    trained = trained_groups(run_dir, version.version)
+    about = {"run": _run_name(run_dir), "lineage": version.lineage, "step": version.version, "trained": trained}
+    (aside / ABOUT).write_text(json.dumps(about))
+    (aside / "README.md").write_text(card.write(run_dir, version))
     if out_dir.exists():
         out_dir.rmdir()
     aside.rename(out_dir)
     return version
+
+
+def push(run_dir: Path, repository: str, private: bool) -> str:
+    """Export the run and upload it to the Hugging Face hub (HF_ENDPOINT) as `repository`; returns its URL.
+
+    The token is HF_TOKEN. Raises RecipeError as `export` does, and StartupError: no token, or the hub refuses.
+    """
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise StartupError("HF_TOKEN: is not set; the hub takes a model only from whom it knows")
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".push-") as folder:
+        version = export(run_dir, Path(folder) / "model")
+        try:
+            url = api.create_repo(repository, private=private, exist_ok=True)
+            message = f"rlif: weights {version}"
+            api.upload_folder(repo_id=url.repo_id, folder_path=Path(folder) / "model", commit_message=message)
+        except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise StartupError(f"{repository}: the hub at {api.endpoint} did not take it: {reason}") from error
+    return str(url)
+
+
+def begin_from(folder: Path, recipe: Recipe) -> Progress:
+    """Where a run stands that goes on from a model folder: at the step that its `rlif.json` names where the folder is
+    this run's own, else at 0. Raises RecipeError: no model there, or one of another shape than `model.path`."""
+    from transformers import AutoConfig
+
+    try:
+        trust = recipe.model.trust_remote_code
+        base = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, trust_remote_code=trust)
+        given = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--resume-from: {folder} is not a model folder: {error}") from error
+    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
+        here, there = getattr(base, key, None), getattr(given, key, None)
+        if here != there:
+            raise RecipeError(
+                f"--resume-from: {folder} has {key} {there!r}, model.path {recipe.model.path} has {here!r}"
+            )
+    about = _about(folder)
+    if about.get("run") != recipe.run.name or not about.get("trained"):
+        log.info("%s says nothing of the steps of run %s: it begins at step 0", folder, recipe.run.name)
+        return Progress(lineage=-1)
+    return Progress(step=about["step"], lineage=about["lineage"])
+
+
+def trained_before(folder: Path) -> list[str]:
+    """The groups (ids) whose effect the weights of an exported folder hold."""
+    return _about(folder).get("trained", [])
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / ABOUT
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--resume-from: {path} cannot be read: {error}") from error
+
+
+def trained_groups(run_dir: Path, step: int) -> list[str]:
+    """The groups (ids) of the first `step` steps, from the audit trail."""
+    if step == 0:
+        return []
+    try:
+        rows = read_steps(run_dir / "steps.jsonl")
+    except StepsError as error:
+        log.warning("only redis knows which groups were trained: %s", error)
+        return []
+    return [group_id for row in rows if row["step"] <= step for group_id in row["group_ids"]]
+
+
+def _run_name(run_dir: Path) -> str | None:
+    path = run_dir / "recipe.yaml"
+    return recipes.load(path).run.name if path.exists() else None
 
 
 def _weights_dir(run_dir: Path) -> Path:

@@ -226,7 +226,8 @@ class Feed:
         self._ask(insist(store, f"run {self.recipe.run.name}: status", STATUS_PATIENCE_SECONDS))
 
     def stop(self, number: int, _frame: object) -> None:
-        log.info("%s: stopping after this step", signal.Signals(number).name)
+        if not self.stopping:
+            log.info("%s: stopping after this step", signal.Signals(number).name)
         self.stopping = True
         if self._waiting is not None:
             self._waiting.get_loop().call_soon_threadsafe(self._waiting.cancel)

@@ -23,11 +23,12 @@ from services.queue import Entry
 from services.recipe import Recipe, RecipeError
 from services.redis import connect_sync
 from services.status import serving_status
-from services.steps import StepsError, read_steps, traces_of_training
+from services.steps import traces_of_training
 from services.weights.publish import Publisher
 from trainer import checkpoint, metrics, policy
 from trainer import engine as engines
 from trainer import reference as references
+from trainer import start as starts
 from trainer.batch import Sequences, sequences
 from trainer.checkpoint import Progress
 from trainer.feed import Feed, graceful
@@ -45,16 +46,17 @@ STOPPED = "stopped.txt"
 """In the run's folder, with the reason, when an order ended the run."""
 
 
-def main(recipe: Recipe, redis_url: str, resume: bool = False) -> int:
+def main(recipe: Recipe, redis_url: str, resume: bool = False, resume_from: Path | None = None) -> int:
     """Run the trainer to its last step, or to a SIGTERM: 0 then, with a checkpoint of the last step done.
 
     One process, or one of the ranks that torchrun started. With `resume` it goes on from the newest checkpoint in
-    `run.dir`, in a new lineage; from the start when there is none. Raises RecipeError (what is asked for cannot run),
+    `run.dir`, in a new lineage; when there is none, from the model folder `resume_from` (its weights, and a fresh
+    optimizer) where one is given, else from the start. Raises RecipeError (what is asked for cannot run),
     StartupError (the metrics port is taken), DeadlineExceeded (no groups, no redis), Fenced (another trainer took
     over), NotFinite (the loss broke).
     """
     engines.check(recipe)
-    _refuse_used_folder(recipe, resume)
+    _refuse_used_folder(recipe, resume or resume_from is not None)
     doubt = "" if recipe.spec is None else contradiction(recipe.trainer.algorithm, recipe.spec.combine)
     if doubt:
         log.warning(doubt)
@@ -66,24 +68,34 @@ def main(recipe: Recipe, redis_url: str, resume: bool = False) -> int:
         if feed is not None:
             stack.callback(feed.close)
         stack.enter_context(graceful(feed))
-        return _train(recipe, redis_url, resume, ranks, feed, waits)
+        return _train(recipe, redis_url, resume, resume_from, ranks, feed, waits)
 
 
-def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Feed | None, waits: Waits) -> int:
+def _train(
+    recipe: Recipe,
+    redis_url: str,
+    resume: bool,
+    resume_from: Path | None,
+    ranks: Ranks,
+    feed: Feed | None,
+    waits: Waits,
+) -> int:
     run_dir, trainer = recipe.run.dir, recipe.trainer
     _seed(recipe)
-    trained = policy.load(recipe.model, trainer.gradient_checkpointing)
+    start = starts.find(recipe, resume, resume_from, ranks)
+    model = recipe.model.model_copy(update={"path": start.model, "revision": None}) if start.model else recipe.model
+    trained = policy.load(model, trainer.gradient_checkpointing)
     engine = engines.start(trained, recipe, ranks)
     reference = references.start(engine, recipe, ranks)
-    progress = _restore(engine, reference, recipe, resume, ranks, feed)
-    start = progress.step
+    progress = starts.restore(engine, reference, recipe, start, ranks, feed)
+    first = progress.step
     waits.over("model")
 
     publisher, records, files = None, None, run_dir / "model"
     if ranks.first:
         policy.save_files(recipe.model, files)
         publisher = Publisher(connect_sync(redis_url), recipe.run.name, recipe.weights_dir, recipe.weights.keep)
-        records = metrics.StepLog(recipe, start)
+        records = metrics.StepLog(recipe, first)
         (run_dir / STOPPED).unlink(missing_ok=True)
     if recipe.has_orders and progress.step == 0:
         # The first weights may turn out to be the best, or the only ones from before a collapse.
@@ -97,9 +109,9 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
         for order in orders:
             progress.orders += 1
             if isinstance(order, RollBack):
-                back, effect = _roll_back(engine, reference, recipe, order, progress, ranks, feed)
+                back, effect = starts.roll_back(engine, reference, recipe, order, progress, ranks, feed)
                 if back is not progress:
-                    progress, start, durable = back, back.step, back.step
+                    progress, first, durable = back, back.step, back.step
                     _checkpoint(engine, reference, recipe, progress, ranks, feed)
                     _publish(publisher, trained, progress, files, recipe, feed)
             else:
@@ -127,7 +139,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
             progress.unacknowledged += [entry.entry_id for entry in entries]
             seconds["publish"] = _publish(publisher, trained, progress, files, recipe, feed)
         if feed is not None and records is not None:
-            _note(feed, records, progress, start, entries, result, seconds)
+            _note(feed, records, progress, first, entries, result, seconds)
         seconds = {}
 
         if progress.step % trainer.checkpoints.every == 0 or progress.step == trainer.steps:
@@ -163,72 +175,6 @@ def _seed(recipe: Recipe) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _restore(
-    engine: Any, reference: Reference | None, recipe: Recipe, resume: bool, ranks: Ranks, feed: Feed | None
-) -> Progress:
-    """The newest checkpoint's state (or the base model's), in a lineage that no trainer of this run has had."""
-    payload = None
-    if feed is not None:
-        found = checkpoint.newest(recipe.run.dir / "checkpoints", recipe) if resume else None
-        path, progress = found or (None, Progress(lineage=-1))
-        trained = _trained(recipe.run.dir, progress.step)
-        lineage = feed.claim(progress.lineage + 1, progress.unacknowledged, trained)
-        orders = {"orders": progress.orders, "kl_beta": progress.kl_beta, "rate": progress.rate}
-        payload = json.dumps({"path": str(path or ""), "step": progress.step, "lineage": lineage, **orders}).encode()
-    start = json.loads(ranks.broadcast(payload))
-    if start["path"]:
-        checkpoint.load(engine, Path(start["path"]), ranks)
-        if reference is not None:
-            reference.load(Path(start["path"]))
-    log.info("lineage %d starts from %s", start["lineage"], start["path"] or recipe.model.path)
-    return Progress(unacknowledged=[], **{key: value for key, value in start.items() if key != "path"})
-
-
-def _trained(run_dir: Path, step: int) -> list[str]:
-    """The groups (ids) of the first `step` steps, from the audit trail."""
-    if step == 0:
-        return []
-    try:
-        rows = read_steps(run_dir / "steps.jsonl")
-    except StepsError as error:
-        log.warning("only redis knows which groups were trained: %s", error)
-        return []
-    return [group_id for row in rows if row["step"] <= step for group_id in row["group_ids"]]
-
-
-def _roll_back(
-    engine: Any,
-    reference: Reference | None,
-    recipe: Recipe,
-    order: RollBack,
-    progress: Progress,
-    ranks: Ranks,
-    feed: Feed | None,
-) -> tuple[Progress, str]:
-    """A checkpoint from before the fault, in a new lineage, and what came of it in words; what orders changed stays
-    changed. Where there is no such checkpoint, the run is as it was."""
-    payload = None
-    if feed is not None:
-        found = checkpoint.before(recipe.run.dir / "checkpoints", recipe, order.before)
-        start = {"path": "", "step": progress.step, "lineage": progress.lineage}
-        if found is not None:
-            path, then = found
-            trained, all_trained = (_trained(recipe.run.dir, step) for step in (then.step, progress.step))
-            lineage = feed.go_back(progress.lineage + 1, trained, sorted(set(all_trained) - set(trained)))
-            start = {"path": str(path), "step": then.step, "lineage": lineage}
-        payload = json.dumps(start).encode()
-    start = json.loads(ranks.broadcast(payload))
-    if not start["path"]:
-        return progress, f"no checkpoint from before step {order.before} is left"
-    checkpoint.load(engine, Path(start["path"]), ranks)
-    if reference is not None:
-        reference.load(Path(start["path"]))
-    log.warning("lineage %d goes back to %s: %s", start["lineage"], start["path"], order.reason)
-    back = Progress(start["step"], start["lineage"], [], progress.orders, progress.kl_beta)
-    back.rate = progress.rate * order.rate_factor
-    return back, f"from step {progress.step} back to {back.step}, learning rate x {back.rate:g}"
 
 
 def _next(

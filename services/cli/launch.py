@@ -14,7 +14,7 @@ from services import recipe as recipes
 from services.recipe import Recipe
 from services.startup import StartupError
 from services.steps import traces_of_training
-from services.supervisor import Service
+from services.supervisor import CHECKPOINT_SECONDS, Service
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,16 @@ def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
     if ranks == 1:
         argv = [*RLIF, "train", str(resolved)]
     else:
-        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        # torchrun itself would kill the ranks after 30 s.
+        argv += ["--nproc-per-node", str(ranks), "--shutdown-timeout", str(CHECKPOINT_SECONDS)]
         argv += ["-m", "services.cli.main", "train", str(resolved)]
     restart_args = ["--resume"]
     if resume:
         argv, restart_args = argv + restart_args, []
     env = environment(recipe, recipe.trainer.threads, recipe.trainer.gpus)
-    return Service("trainer", argv, env=env, restart_args=restart_args, may_finish=True)
+    stop_seconds = CHECKPOINT_SECONDS + 10
+    return Service("trainer", argv, env=env, restart_args=restart_args, may_finish=True, stop_seconds=stop_seconds)
 
 
 def prepare_run_dir(recipe: Recipe, resume: bool) -> None:

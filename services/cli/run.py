@@ -92,7 +92,15 @@ def orchestrate(
     raise typer.Exit(main(chosen, chosen.rollout.urls, chosen.scorer.urls, url, stay))
 
 
-def train(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = False) -> None:
+def train(
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    resume_from: Annotated[
+        Path | None,
+        typer.Option(help="Without a checkpoint, go on from this model folder's weights, with a fresh optimizer."),
+    ] = None,
+) -> None:
     """Run the trainer alone, in one process or as one rank under torchrun."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         die_with_parent()  # a torchrun that was killed leaves its ranks behind
@@ -103,7 +111,7 @@ def train(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume =
 
     url = recipe.redis_url(chosen)
     assert url
-    raise typer.Exit(main(chosen, url, resume))
+    raise typer.Exit(main(chosen, url, resume, resume_from))
 
 
 def export(
@@ -116,3 +124,15 @@ def export(
 
     version = export_run(run, out)
     Console().print(f"{out}: version {version} of {run}", highlight=False)
+
+
+def push_to_hub(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    repository: Annotated[str, typer.Argument(help="The model's name on the hub: OWNER/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you see it, where it is made anew.")] = False,
+) -> None:
+    """Export the run's newest weights, with a model card, to the Hugging Face hub. HF_TOKEN has the token."""
+    logs.configure("WARNING")
+    from trainer.export import push
+
+    Console().print(push(run, repository, private), highlight=False)

@@ -10,12 +10,10 @@ from services.launch.plan import Part, Plan
 from services.recipe import Recipe
 from services.redis import DURABLE, server_binary
 from services.startup import StartupError
-from services.supervisor import Service
+from services.supervisor import CHECKPOINT_SECONDS, Service
 
 TRAINER_RESTARTS = 3
 """A rank that dies makes all ranks start again from the newest checkpoint, this often."""
-CHECKPOINT_SECONDS = 120
-"""How long the ranks may take to finish their step and write a checkpoint when they are asked to stop."""
 RENDEZVOUS_SECONDS = 600
 
 

@@ -186,6 +186,8 @@ def test_trainer_ranks_find_each_other_by_the_names_of_indexed_pods():
     assert {"--nnodes=4", "--nproc-per-node=8", f"--rdzv-endpoint=$(JOB_NAME)-0.{service}:{port}"} <= set(arguments)
     assert f"--local-addr=$(JOB_NAME)-$(JOB_COMPLETION_INDEX).{service}" in arguments
     assert arguments[arguments.index("train") :][:3] == ["train", "/etc/rlif/recipe.yaml", "--resume"]
+    # torchrun's own 30 s would take the ranks their checkpoint.
+    assert f"--shutdown-timeout={pod['terminationGracePeriodSeconds'] - 10}" in arguments
     # Kubernetes sets JOB_COMPLETION_INDEX itself.
     variables = {variable["name"]: variable.get("value") for variable in container["env"]}
     assert "JOB_NAME" in variables and variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"

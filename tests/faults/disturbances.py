@@ -3,6 +3,7 @@
 import mmap
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from faults.faulty_run import Run, newest_weights
 
+QUIET_SECONDS = 1.5
+"""Longer than a step, shorter than a rollout server's start."""
 SOURCE = Path(__file__).with_name("faults.c")
 
 
@@ -35,21 +38,20 @@ class Machine:
 
 
 def tear_newest(run: Run, seconds: float = 60) -> str:
-    """Truncate the newest published weights as soon as nobody can load them any more; returns the version's name.
+    """Kill the rollout server, and truncate the weights that it has to load when it comes back; returns their version.
 
-    The rollout server is killed first: it has to load them when it comes back.
+    Those are the ones that nothing follows for a while: without rollouts the trainer soon has no groups.
     """
-    os.kill(run.pid("rollout-0"), 9)
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        newest = newest_weights(run.dir)
-        try:
-            file = newest / "model.safetensors"
-            os.truncate(file, file.stat().st_size // 2)
-            return newest.name
-        except FileNotFoundError:  # pruned a moment ago
-            continue
-    raise AssertionError(f"no weights to tear:\n{run.screen()}")
+    os.kill(run.pid("rollout-0"), signal.SIGKILL)
+    newest, since, ends = newest_weights(run.dir), time.monotonic(), time.monotonic() + seconds
+    while time.monotonic() < since + QUIET_SECONDS:
+        assert time.monotonic() < ends, f"weights keep coming without a rollout server:\n{run.screen()}"
+        time.sleep(0.05)
+        if (now := newest_weights(run.dir)) != newest:
+            newest, since = now, time.monotonic()
+    file = newest / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    return newest.name
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def kill(run: Run, victim: str) -> bool:
         if pid is None or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return False
         os.kill(pid, signal.SIGKILL)
-    except (psutil.NoSuchProcess, ProcessLookupError):
+    except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError, KeyError):  # not started yet, or just gone
         return False
     return True
 
@@ -59,6 +59,7 @@ def test_fifty_kills(tiny_model, tmp_path, dice):
     run = Run(write_recipe(tmp_path, tiny_model, "broken", **shape), tmp_path / "broken", tireless=True)
     kills, began = Counter[str](), time.monotonic()
     try:
+        run.wait_step(1)
         while kills.total() < KILLS:
             if dice.random() < 0.8:  # the others come while the run still recovers
                 run.wait_step(run.last_step() + 1, 600)
