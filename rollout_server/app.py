@@ -31,8 +31,9 @@ CALL_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Settings:
-    """With `redis_url` and `run_id` the server follows that run's weights; `replica` is its name there. `nodes`,
-    `node_rank`, `leader`: one engine over several nodes (vLLM), of which number 0 is this server."""
+    """With `redis_url` and `run_id` the server follows that run's weights; `replica` is its name there, and deltas are
+    applied to a copy of the weights in `mirror_dir`. `nodes`, `node_rank`, `leader`: one engine over several nodes
+    (vLLM), of which number 0 is this server."""
 
     model: str
     http: HttpSettings = HttpSettings()
@@ -51,6 +52,7 @@ class Settings:
     run_id: str | None = None
     replica: str = "rollout"
     poll_seconds: float = 0.2
+    mirror_dir: Path | None = None
     nodes: int = 1
     node_rank: int = 0
     leader: str = "127.0.0.1"
@@ -167,6 +169,7 @@ def _follower(settings: Settings, served: Served) -> Follower | None:
             url=f"http://{settings.http.host}",
             load=served.load,
             poll_seconds=settings.poll_seconds,
+            mirror_dir=settings.mirror_dir,
         )
     except ValueError as error:
         raise StartupError(str(error)) from error

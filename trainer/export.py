@@ -11,6 +11,7 @@ from services import recipe as recipes
 from services.contract import Version, WeightVersion
 from services.recipe import RecipeError
 from services.weights import disk
+from services.weights.mirror import whole
 from trainer import checkpoint
 
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
@@ -34,7 +35,8 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     if saved is None or (published is not None and published[0] >= saved[0]):
         assert published is not None
         version, folder = published
-        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("manifest.json"))
+        with whole(_manifest(folder)) as model:
+            shutil.copytree(model, aside, ignore=shutil.ignore_patterns("manifest.json"))
     else:
         version, folder = saved
         aside.mkdir(parents=True)
@@ -60,13 +62,17 @@ def _newest(directory: Path, sound: Callable[[Path], bool]) -> tuple[Version, Pa
     return next((item for item in sorted(found, reverse=True) if sound(item[1])), None)
 
 
+def _manifest(folder: Path) -> WeightVersion:
+    weights = WeightVersion.model_validate_json((folder / "manifest.json").read_bytes())
+    return weights.model_copy(update={"location": str(folder)})  # the run may have been moved
+
+
 def _sound(folder: Path) -> bool:
     try:
-        weights = WeightVersion.model_validate_json((folder / "manifest.json").read_bytes())
-        disk.verify(folder, weights.manifest)
+        with whole(_manifest(folder)):
+            return True
     except (OSError, ValueError):
         return False
-    return True
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

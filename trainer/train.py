@@ -72,7 +72,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
     publisher, records, files = None, None, run_dir / "model"
     if ranks.first:
         policy.save_files(recipe.model, files)
-        publisher = Publisher(connect_sync(redis_url), recipe.run.name, recipe.weights_dir, recipe.weights.keep)
+        publisher = Publisher.of(recipe, connect_sync(redis_url))
         records = metrics.StepLog(run_dir, trainer.steps, start, recipe.tracking.tensorboard)
     seconds = {"publish": _publish(publisher, trained, progress, files, trainer.zero_stage == 3)}
 
