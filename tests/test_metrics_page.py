@@ -7,7 +7,8 @@ from prometheus_client import REGISTRY
 PAGE = metrics_page.ROOT / "docs" / "metrics.md"
 METRICS = metrics_page.metrics()
 OTHER_UNITS = ("milli", "micro_s", "minutes", "hours", "percent", "_ms", "_kb", "_mb", "kilo", "mega", "giga")
-LABELS = set("service replica engine route status run state outcome cause phase finish_reason reason lane transport".split())
+LABELS = {"service", "replica", "engine", "route", "status", "run", "state", "outcome", "cause", "phase"}
+LABELS |= {"finish_reason", "reason", "lane", "transport"}
 OF_THE_SPEC = {"reward", "component"}
 
 
