@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from rollout_server.calls import CLIENT_GONE, ClientGone, measured, while_connected
-from rollout_server.engines.base import Engine, EngineSettings
+from rollout_server.engines.base import Engine, EngineSettings, InFlight
 from rollout_server.prompts import rollout_prompts
 from services import trail
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
@@ -53,6 +53,7 @@ class Settings:
     replica: str = "rollout"
     poll_seconds: float = 0.2
     mirror_dir: Path | None = None
+    in_flight: InFlight = "wait"
     nodes: int = 1
     node_rank: int = 0
     leader: str = "127.0.0.1"
@@ -127,6 +128,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         nodes=settings.nodes,
         node_rank=settings.node_rank,
         leader=settings.leader,
+        in_flight=settings.in_flight,
     )
 
 

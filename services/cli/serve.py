@@ -246,6 +246,7 @@ def rollout(
             replica=replica_name("rollout", port),
             poll_seconds=chosen.weights.poll_seconds,
             mirror_dir=chosen.weights.mirror_dir,
+            in_flight=chosen.weights.in_flight,
             nodes=nodes,
             node_rank=node_rank,
             leader=leader,
