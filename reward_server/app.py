@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Response
@@ -52,7 +53,8 @@ class Settings:
     """Without `model` the rewards that need a scorer are unavailable. `default_spec` may name a built-in spec.
 
     With `redis_url` and `run_id` the server follows that run's weights and keeps put specs there; `replica` is its name
-    there. `deterministic`: the last bits of a group's scores do not depend on what else was asked at the time.
+    there, and deltas are applied to a copy of the weights in `mirror_dir`.
+    `deterministic`: the last bits of a group's scores do not depend on what else was asked at the time.
     `reference_model` is a frozen model to compare the scorer's with (transformers).
     `sandbox` is what `--sandbox` takes (`reward_server.sandbox.choice`). `plugins` are rewards as module:function.
     """
@@ -77,6 +79,7 @@ class Settings:
     run_id: str | None = None
     replica: str = "reward"
     poll_seconds: float = 0.2
+    mirror_dir: Path | None = None
     max_batch_tokens: int = 16384
     verifier_workers: int = 2
     plugins: tuple[str, ...] = ()
@@ -168,6 +171,7 @@ def _follower(settings: Settings, service: Any) -> Follower | None:
         url="",
         load=service.load,
         poll_seconds=settings.poll_seconds,
+        mirror_dir=settings.mirror_dir,
     )
 
 

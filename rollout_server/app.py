@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from rollout_server.calls import CLIENT_GONE, ClientGone, measured, while_connected
-from rollout_server.engines.base import Engine, EngineSettings
+from rollout_server.engines.base import Engine, EngineSettings, InFlight
 from rollout_server.prompts import rollout_prompts
 from services import trail
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
@@ -31,8 +31,9 @@ CALL_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Settings:
-    """With `redis_url` and `run_id` the server follows that run's weights; `replica` is its name there. `nodes`,
-    `node_rank`, `leader`: one engine over several nodes (vLLM), of which number 0 is this server."""
+    """With `redis_url` and `run_id` the server follows that run's weights; `replica` is its name there, and deltas are
+    applied to a copy of the weights in `mirror_dir`. `nodes`, `node_rank`, `leader`: one engine over several nodes
+    (vLLM), of which number 0 is this server."""
 
     model: str
     http: HttpSettings = HttpSettings()
@@ -51,6 +52,8 @@ class Settings:
     run_id: str | None = None
     replica: str = "rollout"
     poll_seconds: float = 0.2
+    mirror_dir: Path | None = None
+    in_flight: InFlight = "wait"
     nodes: int = 1
     node_rank: int = 0
     leader: str = "127.0.0.1"
@@ -125,6 +128,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         nodes=settings.nodes,
         node_rank=settings.node_rank,
         leader=settings.leader,
+        in_flight=settings.in_flight,
     )
 
 
@@ -167,6 +171,7 @@ def _follower(settings: Settings, served: Served) -> Follower | None:
             url=f"http://{settings.http.host}",
             load=served.load,
             poll_seconds=settings.poll_seconds,
+            mirror_dir=settings.mirror_dir,
         )
     except ValueError as error:
         raise StartupError(str(error)) from error

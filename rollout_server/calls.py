@@ -19,6 +19,9 @@ COMPLETIONS = Counter(
     "rlif_rollout_completions_total", "Completions made, by how they ended", ["engine", "finish_reason"]
 )
 TOKENS = Counter("rlif_rollout_tokens_total", "Completion tokens made", ["engine"])
+BEGUN_AGAIN = Counter(
+    "rlif_rollout_begun_again_total", "Completions begun again because new weights came (in_flight: abort)", ["engine"]
+)
 SECONDS = Histogram(
     "rlif_rollout_generate_seconds",
     "Time of one engine call, waiting included",

@@ -278,7 +278,10 @@ class TensorEntry(Wire):
 
 
 class WeightVersion(Wire):
-    """A published set of weights. `location` is what the transport needs to find it (disk: a directory)."""
+    """A published set of weights. `location` is what the transport needs to find it (a directory).
+
+    A `delta` holds what changed since `base`; the manifest is that of the result. A `disk` version has no base.
+    """
 
     run_id: str
     lineage: Count
@@ -287,6 +290,7 @@ class WeightVersion(Wire):
     location: str
     manifest: Items[TensorEntry]
     created_at: float
+    base: Version | None = None
 
     @property
     def id(self) -> Version:

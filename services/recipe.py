@@ -260,11 +260,20 @@ class Trainer(Objective):
 
 
 class Weights(Section):
-    """`dir` defaults to a folder of the run; servers on other machines must see it at the same path."""
+    """`dir` defaults to a folder of the run; servers on other machines must see it at the same path.
 
-    transport: Literal["disk"] = "disk"
+    `transport: delta` publishes one whole version in `snapshot_every`, and between them what changed; trainer and
+    servers then keep a copy of the weights each in `mirror_dir` (none: the system's folder for temporary files).
+    `in_flight`: completions that are being made when new weights come are finished first (`wait`), go on with the new
+    weights (`keep`), or are begun again (`abort`).
+    """
+
+    transport: Literal["disk", "delta"] = "disk"
     dir: Path | None = None
     keep: int = Field(3, ge=2)
+    snapshot_every: int = Field(20, ge=2)
+    mirror_dir: Path | None = None
+    in_flight: Literal["wait", "keep", "abort"] = "wait"
     poll_seconds: float = Field(0.2, gt=0)
 
 
@@ -391,6 +400,11 @@ class Recipe(Section):
             raise ValueError(
                 "run.deterministic: what replaces the groups that pacing.dynamic_sampling leaves out depends on which "
                 "end first; use one of the two"
+            )
+        if self.run.deterministic and self.weights.in_flight != "wait":
+            raise ValueError(
+                f"weights.in_flight: with {self.weights.in_flight}, completions depend on when new weights come; "
+                "run.deterministic needs wait"
             )
         self._is_watched_soundly()
         need = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens

@@ -1,7 +1,9 @@
 """The transformers engine's generation against slow, obvious references."""
 
 import asyncio
+import contextlib
 import math
+import time
 from collections import Counter
 
 import numpy as np
@@ -17,7 +19,7 @@ from rollout_server.engines.generation import generate, rows_of
 from rollout_server.engines.sampling import Rows, choose, draw, draw_filtered
 from rollout_server.engines.stopping import StopStrings, cut
 from rollout_server.engines.transformers import TransformersEngine
-from services.contract import Sampling, Version
+from services.contract import Sampling, Version, VersionSpan
 from services.startup import StartupError
 from services.weights.shapes import WeightsMismatch
 
@@ -364,6 +366,108 @@ async def test_loaded_weights_equal_a_fresh_engine(tmp_path, tied):
     assert {one.weight_version for one in after} == {Version(lineage=1, version=3)}
     for one in (follower, fresh):
         await one.stop()
+
+
+# ---- new weights amid a batch --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_versions(tmp_path_factory):
+    place = tmp_path_factory.mktemp("versions")
+    folders = [make_tiny_model(place / str(seed), seed=seed) for seed in (1, 2)]
+    return folders, [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval() for folder in folders]
+
+
+@contextlib.asynccontextmanager
+async def loading_amid(folder, in_flight: str, at: tuple[int, ...], source):
+    """An engine to which new weights come at those steps of whatever it generates."""
+    engine = TransformersEngine(
+        EngineSettings(folder, "tiny", dtype="float32", device="cpu", threads=1, in_flight=in_flight)
+    )
+    await engine.start()
+    loads, steps, loop = [], 0, asyncio.get_running_loop()
+
+    def count(*_) -> None:
+        nonlocal steps
+        steps += 1
+        if steps in at:
+            version = Version(version=len(loads) + 1)
+            loads.append(asyncio.run_coroutine_threadsafe(engine.load(version, source), loop))
+            while engine._pending is None:
+                time.sleep(0.001)
+
+    engine.model.register_forward_pre_hook(count)
+    yield engine, loads
+    for load in loads:
+        await asyncio.wrap_future(load)
+    await engine.stop()
+
+
+async def test_wait_finishes_the_batch_first(two_versions):
+    folders, _ = two_versions
+    async with loading_amid(folders[0], "wait", (9,), folders[1]) as (engine, _):
+        [group] = await engine.generate([prompt("abc", engine.tokenizer, 4)])
+        assert {one.weight_version for one in group} == {Version()} and not any(one.version_spans for one in group)
+        [group] = await engine.generate([prompt("abc", engine.tokenizer, 4)])
+        assert {one.weight_version for one in group} == {Version(version=1)}
+
+
+async def test_keep_goes_on_with_the_new_weights(two_versions):
+    """Every token is drawn from the distribution that its own version has after all that came before it."""
+    folders, oracles = two_versions
+    asked = ["abc", "a longer prompt"]
+    async with loading_amid(folders[0], "keep", (9,), folders[1]) as (engine, _):
+        groups = await engine.generate([prompt(text, engine.tokenizer, 3) for text in asked])
+        tokenizer = engine.tokenizer
+    whole, mixed = 0, 0
+    for text, group in zip(asked, groups, strict=True):
+        ids = tokenizer(text).input_ids
+        for one in group:
+            spans = one.version_spans or [VersionSpan(start=0, weight_version=one.weight_version)]
+            whole, mixed = whole + (not one.version_spans), mixed + bool(one.version_spans)
+            if one.version_spans:
+                # The first forward is the prompts', so the ninth makes token 8.
+                assert [(span.start, span.weight_version.version) for span in spans] == [(0, 0), (9, 1)]
+            assert one.weight_version == Version()
+            expected = [log_probabilities(oracle, ids, one.token_ids, 1.0) for oracle in oracles]
+            for place, (token, logprob) in enumerate(zip(one.token_ids, one.logprobs, strict=True)):
+                made_by = max((span for span in spans if span.start <= place), key=lambda span: span.start)
+                assert abs(expected[made_by.weight_version.version][place, token] - logprob) < 1e-4
+    assert mixed and whole + mixed == 6
+
+
+async def test_abort_begins_again_once(two_versions):
+    folders, _ = two_versions
+    asked = lambda engine: [prompt("abc", engine.tokenizer, 4, max_tokens=40), prompt("x", engine.tokenizer, 2)]  # noqa: E731
+    async with loading_amid(folders[1], "wait", (), folders[1]) as (fresh, _):
+        expected = await fresh.generate(asked(fresh))
+    async with loading_amid(folders[0], "abort", (9, 20), folders[1]) as (engine, loads):
+        groups = await engine.generate(asked(engine))
+        assert len(loads) == 2  # the second came while the batch was made for the second time, and had to wait
+        for group, other in zip(groups, expected, strict=True):
+            assert [(one.token_ids, one.logprobs) for one in group] == [(one.token_ids, one.logprobs) for one in other]
+            assert {one.weight_version for one in group} == {Version(version=1)}
+        await engine.generate(asked(engine))
+        assert engine.version == Version(version=2)
+
+
+async def test_abort_takes_nothing_back_that_was_sent(two_versions):
+    folders, _ = two_versions
+    sent = []
+    async with loading_amid(folders[0], "abort", (5,), folders[1]) as (engine, _):
+        [group] = await engine.generate([prompt("abc", engine.tokenizer, 1)], emit=sent.extend)
+    assert [token.id for _, token in sent] == group[0].token_ids and group[0].weight_version == Version()
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "abort"])
+async def test_refused_weights_leave_the_batch_as_it_was(two_versions, tmp_path, in_flight):
+    folders, _ = two_versions
+    async with loading_amid(folders[0], "wait", (), folders[0]) as (fresh, _):
+        expected = await fresh.generate([prompt("abc", fresh.tokenizer, 4)])
+    async with loading_amid(folders[0], in_flight, (9,), tmp_path) as (engine, loads):
+        assert await engine.generate([prompt("abc", engine.tokenizer, 4)]) == expected
+        with pytest.raises(WeightsMismatch):
+            await asyncio.wrap_future(loads.pop())
 
 
 def test_settings_that_cannot_work_are_refused(tiny_model):

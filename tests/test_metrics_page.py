@@ -9,7 +9,7 @@ METRICS = metrics_page.metrics()
 OTHER_UNITS = ("milli", "micro_s", "minutes", "hours", "percent", "_ms", "_kb", "_mb", "kilo", "mega", "giga")
 LABELS = set(
     "service replica engine route status run state outcome cause phase finish_reason reason lane "
-    "signal action metric".split()
+    "signal action metric transport".split()
 )
 OF_THE_SPEC = {"reward", "component"}
 

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.api import RolloutRequest
 from services.clients import Refused, RolloutClient
-from services.contract import Sampling, Version
+from services.contract import Sampling, Version, VersionSpan
 from services.redis import connect_sync
 from services.weights.publish import Publisher
 
@@ -51,7 +52,7 @@ def publisher(redis_url, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(folders, redis_url):
+def app(folders, redis_url):
     from rollout_server.app import Settings, create
 
     settings = Settings(
@@ -65,7 +66,12 @@ def url(folders, redis_url):
         redis_url=redis_url,
         run_id=RUN,
     )
-    with served(create(settings), deadline_seconds=280) as url:
+    return create(settings)
+
+
+@pytest.fixture(scope="module")
+def url(app):
+    with served(app, deadline_seconds=280) as url:
         yield url
 
 
@@ -174,19 +180,21 @@ def test_nothing_else_of_vllm_is_reachable(url):
 # ---- following weights -----------------------------------------------------------------------------------------
 
 
-async def test_no_completion_mixes_versions_under_load(url, publisher, folders, oracles):
+async def made_while_publishing(url, publisher, versions: dict[int, Path], max_tokens: int) -> list:
+    """Groups that four clients asked for one after the other while those versions came."""
     stop, seen = asyncio.Event(), []
 
     async def load(client: RolloutClient, worker: int) -> None:
         count = 0
         while not stop.is_set():
             count += 1
-            seen.extend((await client.rollouts([ask(f"{worker}:{count}", 2, seed=count, max_tokens=40)])).groups)
+            asked = ask(f"{worker}:{count}", 2, seed=count, max_tokens=max_tokens)
+            seen.extend((await client.rollouts([asked])).groups)
 
     async with RolloutClient(url) as client:
         workers = [asyncio.ensure_future(load(client, worker)) for worker in range(4)]
-        for step in (1, 2):
-            await asyncio.to_thread(publish, publisher, Version(version=step), folders[step])
+        for step, folder in versions.items():
+            await asyncio.to_thread(publish, publisher, Version(version=step), folder)
             answer = await client.rollouts([ask(wanted=Version(version=step))], deadline_seconds=60)
             assert answer.weight_version >= Version(version=step)
             async with asyncio.timeout(60):
@@ -194,11 +202,45 @@ async def test_no_completion_mixes_versions_under_load(url, publisher, folders, 
                     await asyncio.sleep(0.05)
         stop.set()
         await asyncio.gather(*workers)
-    for group in seen:
+    return seen
+
+
+async def test_no_completion_mixes_versions_under_load(url, publisher, folders, oracles):
+    for group in await made_while_publishing(url, publisher, {1: folders[1], 2: folders[2]}, 40):
         for one in group.completions:
             assert not one.version_spans
             single = group.model_copy(update={"completions": [one]})
             check_logprobs(single, oracles[one.weight_version.version])
+
+
+async def test_what_is_kept_in_flight_goes_on_with_the_new_weights(url, app, publisher, folders, oracles):
+    engine = app.state.engine
+    engine.settings = replace(engine.settings, in_flight="keep")
+    mixed, makers = 0, {2: oracles[2], 3: oracles[1]}
+    for group in await made_while_publishing(url, publisher, {3: folders[1]}, 120):
+        for one in group.completions:
+            spans = one.version_spans or [VersionSpan(start=0, weight_version=one.weight_version)]
+            assert spans[0].start == 0 and spans[0].weight_version == one.weight_version
+            mixed += len(spans) == 2
+            for span, end in zip(spans, [span.start for span in spans[1:]] + [len(one.token_ids)], strict=True):
+                part = {"token_ids": one.token_ids[span.start : end], "logprobs": one.logprobs[span.start : end]}
+                before = group.prompt_token_ids + one.token_ids[: span.start]
+                update = {"prompt_token_ids": before, "completions": [one.model_copy(update=part)]}
+                check_logprobs(group.model_copy(update=update), makers[span.weight_version.version])
+    assert mixed
+
+
+async def test_what_is_aborted_in_flight_is_begun_again(url, app, publisher, folders, oracles):
+    from rollout_server.calls import BEGUN_AGAIN
+
+    engine = app.state.engine
+    engine.settings = replace(engine.settings, in_flight="abort")
+    makers = {3: oracles[1], 4: oracles[2]}
+    for group in await made_while_publishing(url, publisher, {4: folders[2]}, 120):
+        for one in group.completions:
+            assert not one.version_spans and one.finish_reason in ("stop", "length")
+            check_logprobs(group.model_copy(update={"completions": [one]}), makers[one.weight_version.version])
+    assert BEGUN_AGAIN.labels("vllm")._value.get() > 0 and engine._begun_again == 0
 
 
 async def test_followed_weights_equal_a_fresh_engine(url, publisher, folders, oracles):

@@ -18,6 +18,7 @@ from services.recipe import Model, Recipe, RecipeError
 from services.startup import StartupError
 from services.steps import StepsError, read_steps
 from services.weights import disk
+from services.weights.mirror import whole
 from trainer import card, checkpoint, pieces
 from trainer import policy as policies
 from trainer.checkpoint import Progress
@@ -47,7 +48,8 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     if saved is None or (published is not None and published[0] >= saved[0]):
         assert published is not None
         version, folder = published
-        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("manifest.json", ABOUT, "README.md"))
+        with whole(_manifest(folder)) as model:
+            shutil.copytree(model, aside, ignore=shutil.ignore_patterns("manifest.json", ABOUT, "README.md"))
     else:
         version, folder = saved
         aside.mkdir(parents=True)
@@ -156,13 +158,17 @@ def _newest(directory: Path, sound: Callable[[Path], bool]) -> tuple[Version, Pa
     return next((item for item in sorted(found, reverse=True) if sound(item[1])), None)
 
 
+def _manifest(folder: Path) -> WeightVersion:
+    weights = WeightVersion.model_validate_json((folder / "manifest.json").read_bytes())
+    return weights.model_copy(update={"location": str(folder)})  # the run may have been moved
+
+
 def _sound(folder: Path) -> bool:
     try:
-        weights = WeightVersion.model_validate_json((folder / "manifest.json").read_bytes())
-        disk.verify(folder, weights.manifest)
+        with whole(_manifest(folder)):
+            return True
     except (OSError, ValueError):
         return False
-    return True
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -172,11 +178,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     if (adapters := about["identity"].get("model.lora")) is not None:
         # A checkpoint holds what is trained: the adapters. They are put into the model that they stand on.
         model = Model(path=about["identity"]["model.path"], dtype=about["identity"]["model.dtype"], lora=adapters)
-        whole = policies.load(model)
-        parameters = dict(whole.named_parameters())
+        policy = policies.load(model)
+        parameters = dict(policy.named_parameters())
         for name, shape in about["shapes"].items():
             parameters[name].data.copy_(saved.whole(name, shape))
-        yield from policies.tensors(whole, partitioned=False, adapters=model.lora)
+        yield from policies.tensors(policy, partitioned=False, adapters=model.lora)
         return
     for name, shape in about["shapes"].items():
         yield name.removeprefix("model."), saved.whole(name, shape).to(dtype)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from services import commands
@@ -18,6 +17,7 @@ from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
 from services.redis import cancel, connect, insist, wait_for_redis
 from services.weights import disk
+from services.weights.mirror import whole
 from trainer.checkpoint import Progress
 from trainer.waits import GROUPS_PATIENCE_SECONDS, REDIS_PATIENCE_SECONDS, Waits
 
@@ -191,9 +191,9 @@ class Feed:
             await asyncio.sleep(pause)
             pause *= 2
             weights = self.published
-            if weights is not None and weights.transport == "disk":
+            if weights is not None:
                 try:
-                    await asyncio.to_thread(disk.verify, Path(weights.location), weights.manifest)
+                    await asyncio.to_thread(_check, weights)
                 except disk.DamagedWeights as error:
                     raise disk.DamagedWeights(f"the published weights {weights.id} are damaged: {error}") from error
 
@@ -235,6 +235,12 @@ class Feed:
     def close(self) -> None:
         self.runner.run(self.redis.aclose())
         self.runner.close()
+
+
+def _check(weights: WeightVersion) -> None:
+    """Raises DamagedWeights, OSError."""
+    with whole(weights):
+        pass
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _train(
     publisher, records, files = None, None, run_dir / "model"
     if ranks.first:
         policy.save_files(recipe.model, files)
-        publisher = Publisher(connect_sync(redis_url), recipe.run.name, recipe.weights_dir, recipe.weights.keep)
+        publisher = Publisher.of(recipe, connect_sync(redis_url))
         records = metrics.StepLog(recipe, first)
         (run_dir / STOPPED).unlink(missing_ok=True)
     if recipe.has_orders and progress.step == 0:

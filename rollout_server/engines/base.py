@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fastapi import FastAPI
 
 from services.contract import Completion, Sampling, Version
+
+InFlight = Literal["wait", "keep", "abort"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class Prompt:
 @dataclass(frozen=True)
 class EngineSettings:
     """`model` is a local folder. `threads`: CPU threads (none: what the library takes). An engine over several `nodes`
-    (vLLM) has one process a node; number 0 serves, and the others join it at the host `leader`."""
+    (vLLM) has one process a node; number 0 serves, and the others join it at the host `leader`. `in_flight`: what is to
+    become of completions that are being made when new weights come; `wait` finishes them first, `keep` goes on with
+    the new weights (keys and values are computed anew), `abort` begins them again (once: the next weights wait)."""
 
     model: Path
     served_name: str
@@ -37,6 +41,7 @@ class EngineSettings:
     nodes: int = 1
     node_rank: int = 0
     leader: str = "127.0.0.1"
+    in_flight: InFlight = "wait"
 
 
 class Engine(Protocol):
@@ -56,7 +61,7 @@ class Engine(Protocol):
         """Completions of each prompt, in order. Cancelling the call aborts them."""
 
     async def load(self, version: Version, directory: Path) -> None:
-        """Swap in the weights of a folder: running completions finish first, new ones wait.
+        """Swap in the weights of a folder. Running completions are treated as `settings.in_flight` says, new ones wait.
 
         Raises WeightsMismatch before anything changed when they are not this model's.
         """

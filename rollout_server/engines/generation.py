@@ -1,7 +1,7 @@
 """Batched generation: one prefill per distinct prompt, then one token a step for every unfinished row."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -100,11 +100,13 @@ def generate(
     aborted: Callable[[], bool],
     emit: Emit | None = None,
     top_logprobs: int = 0,
+    swapped: Callable[[int], bool] = lambda _step: False,
 ) -> list[Drawn]:
     """Complete all rows as one batch. What comes out depends on the arguments and the weights alone.
 
-    `emit` is called after every step, with the `top_logprobs` likeliest tokens of each row. Raises Aborted when
-    `aborted()` turns true.
+    `emit` is called after every step, with the `top_logprobs` likeliest tokens of each row. `swapped(step)` is asked
+    before token `step` of all rows; after True it and those that follow are made by the weights that the model has now.
+    Raises Aborted when `aborted()` turns true.
     """
     device = model.device
     vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -148,6 +150,12 @@ def generate(
             batch.place, batch.running, sampling = batch.place[kept], batch.running[kept], sampling.select(kept)
             tokens, positions = tokens[kept], positions[kept]
             mask = None if mask is None else mask[kept]
+        if swapped(step):
+            cache = BufferCache(model.config)
+            begun = [(rows[place], batch.tokens[place, :step].tolist()) for place in batch.place.tolist()]
+            begun_rows = [replace(row, prompt=row.prompt + token_ids) for row, token_ids in begun]
+            logits, mask, positions = _prefill(model, cache, begun_rows, device)
+            continue
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(

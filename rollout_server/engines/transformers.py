@@ -7,6 +7,8 @@ not depend on what else is being asked for.
 import asyncio
 import logging
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +18,15 @@ from fastapi import FastAPI
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rollout_server.calls import BEGUN_AGAIN
 from rollout_server.engines.base import Aborted, EngineSettings, Prompt
 from rollout_server.engines.cache import fits
 from rollout_server.engines.generation import Drawn, Emit, Row, generate, rows_of
 from rollout_server.engines.stopping import StopStrings, cut
-from services.contract import Completion, Version
+from services.contract import Completion, Version, VersionSpan
 from services.model_folder import attention_for
 from services.startup import StartupError
+from services.weights.seconds import SECONDS
 from services.weights.shapes import check_shapes, tensor_shapes
 
 log = logging.getLogger(__name__)
@@ -61,7 +65,7 @@ class TransformersEngine:
         self.version = Version()
         self.fault = "the model is not loaded yet"
         self._stopping = threading.Event()
-        self._pending: tuple[Version, Path, Future] | None = None
+        self._pending: tuple[Version, Path, float, Future] | None = None
         self._pending_lock = threading.Lock()
         # PyTorch's CPU thread count belongs to the calling thread, so it is set in the one that computes.
         self._worker = ThreadPoolExecutor(1, "generate", initializer=_use_threads, initargs=(settings.threads,))
@@ -116,35 +120,74 @@ class TransformersEngine:
         if aborted() or self.fault:
             raise Aborted(self.fault or "aborted before the first token")
         rows = rows_of(prompts, self.max_model_len)
-        stops = StopStrings(self.tokenizer, {row.number: row.sampling.stop for row in rows if row.sampling.stop})
         size = self.settings.max_batch_sequences
-        drawn: list[Drawn] = []
+        # What a client was sent already cannot be begun again; what was begun again must come to its end.
+        may_restart = self.settings.in_flight == "abort" and emit is None
+        completions: list[Completion] = []
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            drawn += generate(self.model, part, self.eos_token_ids, stops, aborted, emit, top_logprobs)
-        done = iter(self._completions(rows, drawn))
+            drawn, spans = self._draw(part, aborted, emit, top_logprobs, may_restart)
+            completions += self._completions(part, drawn, spans)
+        done = iter(completions)
         return [[next(done) for _ in range(prompt.n)] for prompt in prompts]
 
-    def _completions(self, rows: list[Row], drawn: list[Drawn]) -> list[Completion]:
+    def _draw(
+        self, rows: list[Row], aborted: Callable[[], bool], emit: Emit | None, top_logprobs: int, may_restart: bool
+    ) -> tuple[list[Drawn], list[VersionSpan]]:
+        """One batch, and which versions made it from which token on."""
+        spans = [VersionSpan(start=0, weight_version=self.version)]
+        stops = StopStrings(self.tokenizer, {row.number: row.sampling.stop for row in rows if row.sampling.stop})
+
+        def interrupted() -> bool:
+            return aborted() or (may_restart and self._pending is not None)
+
+        def swapped(step: int) -> bool:
+            if self.settings.in_flight != "keep" or self._pending is None:
+                return False
+            self._load_pending()
+            if self.fault:
+                raise Aborted(self.fault)
+            if self.version == spans[-1].weight_version:  # they were refused
+                return False
+            spans.append(VersionSpan(start=step, weight_version=self.version))
+            return True
+
+        try:
+            drawn = generate(self.model, rows, self.eos_token_ids, stops, interrupted, emit, top_logprobs, swapped)
+            return drawn, spans
+        except Aborted:
+            if aborted() or self.fault or not may_restart:
+                raise
+        self._load_pending()
+        if self.fault:
+            raise Aborted(self.fault)
+        BEGUN_AGAIN.labels(self.name).inc(len(rows))
+        return self._draw(rows, aborted, emit, top_logprobs, may_restart=False)
+
+    def _completions(self, rows: list[Row], drawn: list[Drawn], spans: list[VersionSpan]) -> list[Completion]:
         texts = self.tokenizer.batch_decode([one.token_ids for one in drawn], skip_special_tokens=True)
-        return [
-            Completion(
-                text=cut(text, row.sampling.stop),
-                token_ids=one.token_ids,
-                logprobs=one.logprobs,
-                finish_reason="stop" if one.stopped else "length",
-                weight_version=self.version,
+        completions = []
+        for row, one, text in zip(rows, drawn, texts, strict=True):
+            made_by = [span for span in spans if span.start < len(one.token_ids)]
+            completions.append(
+                Completion(
+                    text=cut(text, row.sampling.stop),
+                    token_ids=one.token_ids,
+                    logprobs=one.logprobs,
+                    finish_reason="stop" if one.stopped else "length",
+                    weight_version=spans[0].weight_version,
+                    version_spans=made_by if len(made_by) > 1 else [],
+                )
             )
-            for row, one, text in zip(rows, drawn, texts, strict=True)
-        ]
+        return completions
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
     async def load(self, version: Version, directory: Path) -> None:
-        """The worker thread swaps weights between two batches, before any batch that waits."""
+        """The worker thread swaps weights before any batch that waits, or amid one (`in_flight`)."""
         outcome: Future = Future()
         with self._pending_lock:
-            self._pending = (version, directory, outcome)
+            self._pending = (version, directory, time.monotonic(), outcome)
         self._worker.submit(self._load_pending)
         await asyncio.wrap_future(outcome)
 
@@ -153,12 +196,15 @@ class TransformersEngine:
             pending, self._pending = self._pending, None
         if pending is None:
             return
-        version, directory, outcome = pending
+        version, directory, asked, outcome = pending
+        began = time.monotonic()
         try:
             self._load(version, directory)
         except BaseException as error:
             outcome.set_exception(error)
         else:
+            SECONDS.labels("rollout", "pause").observe(began - asked)
+            SECONDS.labels("rollout", "swap").observe(time.monotonic() - began)
             outcome.set_result(None)
 
     def _load(self, version: Version, directory: Path) -> None:

@@ -2,15 +2,18 @@
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
+from rollout_server.calls import BEGUN_AGAIN
 from rollout_server.engines.base import Aborted, EngineSettings, Prompt
 from rollout_server.engines.vllm_plugin import PLUGIN, SWITCH
 from services import vllm_process
 from services.contract import Completion, Version, VersionSpan
+from services.weights.seconds import SECONDS
 from services.weights.shapes import Tensors
 
 vllm_process.prepare(SWITCH, PLUGIN)  # before vLLM is imported, which reads the environment then
@@ -43,6 +46,8 @@ class VllmEngine:
         self.version = Version()
         self.fault = "the model is not loaded yet"
         self._loading = asyncio.Lock()
+        self._begun_again = 0
+        """Calls that were aborted for new weights once, and run to their end."""
 
     async def start(self) -> None:
         self.llm = await vllm_process.start(AsyncEngineArgs.from_cli_args(self.args))
@@ -81,26 +86,44 @@ class VllmEngine:
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        completions = await self._draw(prompt, params, prompt.request_id)
+        if any(one.finish_reason == "abort" for one in completions) and self.settings.in_flight == "abort":
+            BEGUN_AGAIN.labels(self.name).inc(len(completions))
+            self._begun_again += 1
+            try:
+                completions = await self._draw(prompt, params, f"{prompt.request_id}-again")
+            finally:
+                self._begun_again -= 1
+        return completions * prompt.n if is_greedy else completions
+
+    async def _draw(self, prompt: Prompt, params: SamplingParams, request_id: str) -> list[Completion]:
         final = None
-        async for output in self.llm.generate(tokens_input(prompt.token_ids), params, prompt.request_id):
+        async for output in self.llm.generate(tokens_input(prompt.token_ids), params, request_id):
             final = output
         if final is None:
-            raise Aborted(f"vLLM returned nothing for {prompt.request_id}")
-        completions = [_completion(output) for output in final.outputs]
-        return completions * prompt.n if is_greedy else completions
+            raise Aborted(f"vLLM returned nothing for {request_id}")
+        return [_completion(output) for output in final.outputs]
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
     async def load(self, version: Version, directory: Path) -> None:
-        """The scheduler holds back what waits, finishes what runs, and forgets its prefix cache."""
+        """The scheduler holds back what waits, deals with what runs, and forgets its caches: what is kept in flight has
+        its keys and values computed anew, so every token is wholly of the version that its span names."""
         await asyncio.to_thread(self.tensors.check, directory)
         async with self._loading:
-            await self.llm.pause_generation(mode="wait", clear_cache=True)
+            asked = time.monotonic()
+            mode = self.settings.in_flight if not self._begun_again or self.settings.in_flight != "abort" else "wait"
+            await self.llm.pause_generation(mode=mode, clear_cache=True)
+            paused = time.monotonic()
             # Until the last tensor is in, the model is a mixture of two versions and stays paused.
             self.fault = f"the weights of version {version} were not loaded completely"
             await vllm_process.replace_weights(self.llm, version, directory)
             self.version, self.fault = version, ""
+            swapped = time.monotonic()
             await self.llm.resume_generation()
+            SECONDS.labels("rollout", "pause").observe(paused - asked)
+            SECONDS.labels("rollout", "swap").observe(swapped - paused)
+            SECONDS.labels("rollout", "resume").observe(time.monotonic() - swapped)
 
     async def stop(self) -> None:
         await asyncio.to_thread(self.llm.shutdown)

@@ -148,6 +148,7 @@ def reward(
             run_id=chosen.run.name,
             replica=replica_name("reward", port),
             poll_seconds=chosen.weights.poll_seconds,
+            mirror_dir=chosen.weights.mirror_dir,
             engine=chosen.scorer.engine,
             max_batch_tokens=chosen.scorer.max_batch_tokens,
             max_model_len=chosen.scorer.max_model_len,
@@ -215,6 +216,11 @@ def rollout(
     if chosen is None and model is None:
         raise StartupError("--model: give a Hugging Face name or a local folder (or --recipe)")
     _check_choice("--engine", engine, ("transformers", "vllm"))
+    if chosen and nodes > 1 and chosen.weights.transport == "delta" and chosen.weights.mirror_dir is None:
+        raise StartupError(
+            "weights.mirror_dir: with transport: delta and an engine over several nodes, name a folder that all of "
+            "them see at the same path"
+        )
     _limit_threads(chosen.rollout.threads if chosen else threads)
     check_local(chosen.model.path if chosen else str(model), "model.path" if chosen else "--model")
     from rollout_server import app as rollout_app
@@ -239,6 +245,8 @@ def rollout(
             run_id=chosen.run.name,
             replica=replica_name("rollout", port),
             poll_seconds=chosen.weights.poll_seconds,
+            mirror_dir=chosen.weights.mirror_dir,
+            in_flight=chosen.weights.in_flight,
             nodes=nodes,
             node_rank=node_rank,
             leader=leader,

@@ -1,4 +1,5 @@
-"""Weight versions: `publish` (trainer), `follow` (servers), `pointer` (what redis knows of them), `disk` (their files).
+"""Weight versions: `publish` (trainer), `follow` (servers), `pointer` (what redis knows of them), `disk` (their files),
+`delta` (what changed since the version before) and `mirror` (the copy that deltas are made against and applied to).
 
-`pointer` and `follow` import no torch; `disk` and `publish` do.
+`pointer` and `follow` import no torch; the others do.
 """

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge
 from pydantic import ValidationError
@@ -18,11 +19,16 @@ from services.redis import PASSING, DeadlineExceeded, cancel, connect
 from services.weights import pointer
 from services.weights.seconds import SECONDS
 
+if TYPE_CHECKING:
+    from services.weights.mirror import Mirror
+
 log = logging.getLogger(__name__)
 
 Load = Callable[[Version, Path], Awaitable[None]]
 
 BEAT_SECONDS = 2.0
+PHASES = {"disk": "verify", "delta": "patch"}
+"""The transports, and what the time is called that a version of each takes before it can be loaded."""
 REDIS_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 
@@ -37,13 +43,23 @@ class Follower:
     A version is first checked byte by byte against its manifest (in a thread), then `load(version, directory)` is
     awaited; `load` has to leave the old weights serving when it raises. A version that is damaged or does not load is
     refused: the old one stays, and it is tried again with growing pauses, since a shared disk may lag behind redis.
+    Deltas are applied to a copy of the weights in `mirror_dir` (none: the system's folder for temporary files).
     """
 
     def __init__(
-        self, redis_url: str, run_id: str, replica: str, service: str, url: str, load: Load, poll_seconds: float = 0.2
+        self,
+        redis_url: str,
+        run_id: str,
+        replica: str,
+        service: str,
+        url: str,
+        load: Load,
+        poll_seconds: float = 0.2,
+        mirror_dir: Path | None = None,
     ):
         self.run_id, self.replica, self.service, self.url = run_id, replica, service, url
-        self.load, self.poll_seconds = load, poll_seconds
+        self.load, self.poll_seconds, self.mirror_dir = load, poll_seconds, mirror_dir
+        self._mirror: Mirror | None = None
         self.version: Version | None = None
         """What is served; none while that is still the model the server started with."""
         self.redis_state = "not connected yet"
@@ -70,6 +86,8 @@ class Follower:
             await pointer.leave(self._redis, self.run_id, self.replica)
         except RedisError as error:
             log.warning("%s could not take its leave: %s", self.replica, error)
+        if self._mirror is not None:
+            await asyncio.to_thread(self._mirror.close)
         await self._redis.aclose()
 
     async def at_least(self, version: Version, deadline_seconds: float) -> Version:
@@ -128,15 +146,16 @@ class Follower:
             await self._take(weights)
 
     async def _take(self, weights: WeightVersion) -> None:
-        directory = Path(weights.location)
-        if weights.transport != "disk":
-            return self._refuse(weights.id, f"transport {weights.transport!r} is not known here, only 'disk'")
-        from services.weights import disk
+        if weights.transport not in PHASES:
+            known = " and ".join(PHASES)
+            return self._refuse(weights.id, f"transport {weights.transport!r} is not known here, only {known}")
+        from services.weights.disk import DamagedWeights
 
         started = time.monotonic()
         try:
-            await asyncio.to_thread(disk.verify, directory, weights.manifest)
-        except disk.DamagedWeights as error:
+            self._loading = asyncio.ensure_future(asyncio.to_thread(self._whole, weights))
+            directory = await asyncio.shield(self._loading)
+        except (DamagedWeights, OSError) as error:
             if await pointer.newest_version(self._redis, self.run_id) == weights.id:  # else it is gone for good reason
                 self._refuse(weights.id, str(error))
             return
@@ -152,12 +171,24 @@ class Follower:
         ended = time.monotonic()
         VERSION.labels(self.service).set(weights.version)
         LINEAGE.labels(self.service).set(weights.lineage)
-        SECONDS.labels(self.service, "verify").observe(verified - started)
+        SECONDS.labels(self.service, PHASES[weights.transport]).observe(verified - started)
         SECONDS.labels(self.service, "load").observe(ended - verified)
         log.info("%s: serving weights %s after %.2f s", self.replica, weights.id, ended - started)
         async with self._changed:
             self._changed.notify_all()
         await self._beat()
+
+    def _whole(self, weights: WeightVersion) -> Path:
+        """A model folder of these weights, every byte of it checked. Raises DamagedWeights, OSError."""
+        from services.weights import disk
+        from services.weights.mirror import Mirror
+
+        if weights.base is None:
+            disk.verify(Path(weights.location), weights.manifest)
+            return Path(weights.location)
+        if self._mirror is None:
+            self._mirror = Mirror(self.mirror_dir, f"{self.run_id}-{self.replica}")
+        return self._mirror.reach(weights)
 
     def _refuse(self, version: Version, reason: str) -> None:
         self._attempts = self._attempts + 1 if version == self._refused else 1

@@ -6,15 +6,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 from redis import Redis
 
-from services.contract import Version, WeightVersion
+from services.contract import TensorEntry, Version, WeightVersion
+from services.recipe import Recipe
 from services.redis import insist_sync
-from services.weights import disk, pointer
+from services.weights import delta, disk, pointer
+from services.weights.mirror import Mirror
 from services.weights.seconds import SECONDS
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ Result = TypeVar("Result")
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
 
 PUBLISHED = Gauge("rlif_weight_published_version", "Newest version this trainer published", ["run"])
+BYTES = Counter("rlif_weight_published_bytes_total", "Bytes of published weights: disk (whole), delta", ["transport"])
 
 
 class Superseded(Exception):
@@ -31,19 +34,49 @@ class Superseded(Exception):
 
 
 class Publisher:
-    """Publishes the versions of one run as folders `<lineage>-<version>` under `directory` and keeps the `keep` newest.
+    """Publishes the versions of one run as folders `<lineage>-<version>` under `directory` and keeps the `keep` newest,
+    with the versions that those are made from.
 
-    Used by one process (rank 0). `patience_seconds` is how long it outlasts a redis that is away. Raises ValueError:
-    `keep` below 1.
+    Used by one process (rank 0). `patience_seconds` is how long it outlasts a redis that is away. With
+    `snapshot_every` only one version in so many is whole, the first among them; the others are deltas to the version
+    before, for which the publisher keeps a copy of the weights in `mirror_dir` (none: the system's temporary folder).
+    Raises ValueError: `keep` below 1.
     """
 
-    def __init__(self, redis: Redis, run_id: str, directory: Path, keep: int = 3, patience_seconds: float = 300.0):
+    def __init__(
+        self,
+        redis: Redis,
+        run_id: str,
+        directory: Path,
+        keep: int = 3,
+        patience_seconds: float = 300.0,
+        snapshot_every: int = 1,
+        mirror_dir: Path | None = None,
+    ):
         if keep < 1:
             raise ValueError(f"keep {keep}: at least the newest version has to stay")
         self.redis, self.run_id, self.keep, self.patience_seconds = redis, run_id, keep, patience_seconds
+        self.snapshot_every = snapshot_every
+        self._mirror = Mirror(mirror_dir, f"{run_id}-trainer") if snapshot_every > 1 else None
+        self._base: WeightVersion | None = None
+        self._since_snapshot = 0
         self.directory = Path(directory).resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._clean()
+
+    @classmethod
+    def of(cls, recipe: Recipe, redis: Redis) -> Self:
+        """The recipe's. Raises OSError."""
+        chosen = recipe.weights
+        every = chosen.snapshot_every if chosen.transport == "delta" else 1
+        return cls(
+            redis,
+            recipe.run.name,
+            recipe.weights_dir,
+            chosen.keep,
+            snapshot_every=every,
+            mirror_dir=chosen.mirror_dir,
+        )
 
     def publish(
         self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]], config_dir: Path | None = None
@@ -61,17 +94,19 @@ class Publisher:
         for leftover in (draft, target):  # of a publication that never reached the pointer
             shutil.rmtree(leftover, ignore_errors=True)
         draft.mkdir()
-        manifest = disk.write_tensors(draft, tensors)
-        if config_dir is not None:
-            disk.copy_config(Path(config_dir), draft, manifest)
+        base, self._base = self._base, None  # again when the mirror is known to be this version
+        if self._since_snapshot + 1 >= self.snapshot_every:
+            base = None
+        manifest = self._write(draft, tensors, config_dir, version, base)
         weights = WeightVersion(
             run_id=self.run_id,
             lineage=version.lineage,
             version=version.version,
-            transport="disk",
+            transport="disk" if base is None else "delta",
             location=str(target),
             manifest=manifest,
             created_at=time.time(),
+            base=base.id if base else None,
         )
         (draft / "manifest.json").write_text(weights.model_dump_json(indent=1))
         disk.sync(draft / "manifest.json")
@@ -85,12 +120,34 @@ class Publisher:
                 f"run {self.run_id}: weights {version} are outdated, a newer version was published meanwhile"
             )
         ended = time.monotonic()
+        self._base, self._since_snapshot = weights, self._since_snapshot + 1 if base else 0
         self._clean()
+        size = sum(file.stat().st_size for file in target.iterdir() if file.name != "manifest.json")
+        BYTES.labels(weights.transport).inc(size)
         PUBLISHED.labels(self.run_id).set(version.version)
         SECONDS.labels("trainer", "write").observe(written - started)
         SECONDS.labels("trainer", "announce").observe(ended - written)
         log.info("run %s: published weights %s in %.2f s", self.run_id, version, ended - started)
         return weights
+
+    def _write(
+        self,
+        draft: Path,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        config_dir: Path | None,
+        version: Version,
+        base: WeightVersion | None,
+    ) -> list[TensorEntry]:
+        """The version's files without its manifest, which is returned."""
+        if base is not None:
+            assert self._mirror is not None
+            return delta.write(draft, tensors, self._mirror.tensors(), base.manifest)
+        manifest = disk.write_tensors(draft, tensors)
+        if config_dir is not None:
+            disk.copy_config(Path(config_dir), draft, manifest)
+        if self._mirror is not None:
+            self._mirror.fill(draft, version)
+        return manifest
 
     def _insist(self, call: Callable[[], Result], what: str) -> Result:
         return insist_sync(call, f"run {self.run_id}: {what}", self.patience_seconds)
@@ -101,7 +158,7 @@ class Publisher:
             raise Superseded(f"run {self.run_id}: weights {version} are not newer than {newest}, published before")
 
     def _clean(self) -> None:
-        """Delete drafts and all but the newest versions."""
+        """Delete drafts and all but the newest versions and those that they are made from."""
         folders = []
         for folder in self.directory.iterdir():
             match = FOLDER.match(folder.name.removesuffix(".tmp"))
@@ -110,5 +167,9 @@ class Publisher:
                 shutil.rmtree(folder, ignore_errors=True)
             elif match:
                 folders.append(((int(match[1]), int(match[2])), folder))
-        for _, folder in sorted(folders)[: -self.keep]:
+        versions = [folder for _, folder in sorted(folders)]
+        kept = max(0, len(versions) - self.keep)
+        while kept and (versions[kept] / delta.INDEX).exists():
+            kept -= 1
+        for folder in versions[:kept]:
             shutil.rmtree(folder, ignore_errors=True)
