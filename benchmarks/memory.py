@@ -71,7 +71,7 @@ def measure(tree: dict) -> int:
     before, most, over = held(), [0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.002):
+        while not over.wait(0.01):
             most[0] = max(most[0], held())
 
     with join(chosen.trainer) as ranks:

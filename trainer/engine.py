@@ -78,8 +78,10 @@ def learning_rate(step: int, settings: Trainer) -> float:
 
 
 def start(policy: Policy, recipe: Recipe, ranks: Ranks) -> Any:
-    """The DeepSpeed engine that trains `policy`: a module called like it, with backward() and step()."""
-    deepspeed = _deepspeed()
+    """The DeepSpeed engine that trains `policy`: a module called like it, with backward() and step().
+
+    Raises RecipeError for offload where there is no GPU.
+    """
     trainer, cuda = recipe.trainer, ranks.device.type == "cuda"
     if not cuda and (trainer.offload.optimizer or trainer.offload.parameters):
         raise RecipeError("trainer.offload: the ranks are on the CPU, there is nothing to offload to; leave it out")
@@ -100,7 +102,7 @@ def start(policy: Policy, recipe: Recipe, ranks: Ranks) -> Any:
     )
     _share_head(policy, recipe)
     settings = config(recipe, sum(p.numel() for p in learned), cuda)
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
+    engine, *_ = _deepspeed().initialize(model=policy, optimizer=optimizer, config=settings)
     return engine
 
 
