@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from scored_groups import make_groups, trained_pairs
 
 from services.contract import Sampling
-from trainer.batch import Sequences, deal, micro_batch, sequences
+from trainer.batch import Sequences, budget, deal, micro_batch, sequences
 from trainer.loss import token_weights
-
-lengths_lists = st.lists(st.integers(2, 60), max_size=40)
 
 
 @given(st.integers(0, 10_000), st.integers(0, 4))
@@ -54,24 +52,49 @@ def test_greedy_samples_are_refused():
         sequences([group], 288)
 
 
-@given(lengths_lists, st.integers(1, 5), st.integers(1, 200))
-def test_every_sequence_is_dealt_once_within_the_budget(lengths, ranks, budget):
-    sizes = np.asarray(lengths, int)
-    plan = deal(sizes, ranks, budget)
+def owner(batch: Sequences, indices) -> np.ndarray:
+    """For each completion token of a micro-batch: which of `indices` it is of."""
+    return np.repeat(np.arange(len(indices)), batch.completions[indices])
+
+
+def prompt_size(batch: Sequences, indices) -> int:
+    """Tokens of the packed row of these sequences, by counting distinct prompts."""
+    starts = np.cumsum(batch.lengths) - batch.lengths
+    prompts = {tuple(batch.tokens[starts[i] : starts[i] + batch.prompts[i]].tolist()) for i in indices}
+    return sum(map(len, prompts)) + int((batch.completions[indices] - 1).sum())
+
+
+@given(st.integers(0, 10_000), st.integers(0, 8), st.integers(1, 5), st.integers(1, 200))
+def test_every_sequence_is_dealt_once_within_the_budget(seed, count, ranks, tokens):
+    batch = sequences(make_groups(count, seed=seed), 288)
+    plan = deal(batch, ranks, tokens)
     assert len(plan) == ranks
     assert len({len(share) for share in plan}) == 1 and len(plan[0]) >= 1
     dealt = [index for share in plan for micro in share for index in micro.tolist()]
-    assert sorted(dealt) == list(range(len(lengths)))
+    assert sorted(dealt) == list(range(len(batch)))
     for share in plan:
         for micro in share:
-            assert len(micro) <= 1 or len(micro) * sizes[micro].max() <= budget
+            assert len(micro) <= 1 or prompt_size(batch, micro) <= tokens
 
 
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 5))
-def test_ranks_get_about_the_same_tokens(lengths, ranks):
-    sizes = np.asarray(lengths)
-    loads = [sum(int(sizes[micro].sum()) for micro in share) for share in deal(sizes, ranks, 100)]
-    assert max(loads) - min(loads) <= max(lengths)
+def test_a_prompt_is_computed_once_where_its_group_fits():
+    batch = sequences(make_groups(6, seed=3, size=16), 288)
+    (share,) = deal(batch, 1, 400)
+    rows = [micro_batch(batch, indices, "per_sequence").packed for indices in share]
+    assert sum(len(row.families) for row in rows) == 6
+    assert sum(map(len, rows)) == prompt_size(batch, np.arange(len(batch)))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_get_about_equally_many_tokens(ranks):
+    batch = sequences(make_groups(32, seed=1, size=16, longest=200), 288)
+    loads = [sum(prompt_size(batch, micro) for micro in share) for share in deal(batch, ranks, 2000)]
+    assert max(loads) < 1.1 * sum(loads) / ranks
+
+
+def test_a_cpu_has_smaller_micro_batches():
+    assert budget(16384, torch.device("cpu")) == 4096 and budget(100, torch.device("cpu")) == 100
+    assert budget(16384, torch.device("cuda")) == 16384
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 3), st.sampled_from(["per_sequence", "token_mean"]))
@@ -87,18 +110,20 @@ def test_micro_batches_carry_every_token_with_its_numbers(seed, count, ranks, ag
             expected.append((tuple(context), number, logprob, score.advantage, 0.7, weight))
             context.append(number)
     found = []
-    for share in deal(batch.lengths, ranks, 64):
+    for share in deal(batch, ranks, 64):
         for indices in share:
             micro = micro_batch(batch, indices, aggregation)
-            width = micro.input_ids.shape[1]
-            for at in range(len(micro.positions)):
-                if micro.weights[at] == 0:
-                    continue
-                row, column = divmod(int(micro.positions[at]), width)
-                context = tuple(micro.input_ids[row, : column + 1].tolist())
+            if len(indices) == 0:
+                assert micro.weights.tolist() == [0.0]
+                continue
+            rows, places = micro.packed.rows()
+            for at, place in enumerate(places[micro.positions].tolist()):
+                row, column = divmod(place, rows.shape[1])
+                if column + 1 == batch.prompts[indices[int(owner(batch, indices)[at])]]:
+                    row = int(owner(batch, indices)[at])  # the prompt's last token is shared
+                context = tuple(rows[row, : column + 1].tolist())
                 numbers = (micro.rollout[at], micro.advantages[at], micro.temperatures[at], micro.weights[at])
                 found.append((context, int(micro.targets[at]), *(float(x) for x in numbers)))
-                assert micro.input_ids[row, column + 1] == micro.targets[at]
     assert len(found) == len(expected)
     for left, right in zip(sorted(found), sorted(expected), strict=True):
         assert left[:2] == right[:2]
@@ -107,5 +132,5 @@ def test_micro_batches_carry_every_token_with_its_numbers(seed, count, ranks, ag
 
 def test_an_empty_micro_batch_is_a_row_of_weight_zero():
     micro = micro_batch(sequences([], 288), np.zeros(0, int), "per_sequence")
-    assert micro.input_ids.shape == (1, 2) and micro.weights.tolist() == [0.0]
-    assert micro.input_ids.dtype == micro.positions.dtype == micro.targets.dtype == torch.long
+    assert len(micro.packed) == 2 and micro.weights.tolist() == [0.0]
+    assert micro.packed.input_ids.dtype == micro.positions.dtype == micro.targets.dtype == torch.long

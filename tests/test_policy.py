@@ -19,21 +19,21 @@ def folder(request, tiny_model, tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("untied"), tied=False)
 
 
-@pytest.mark.parametrize("tile_rows", [1, 7, 10_000])
+@pytest.mark.parametrize("tile_elements", [1, 700, 10_000_000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_and_entropies_equal_the_full_logits(folder, tile_rows, temperature):
+def test_logprobs_and_entropies_equal_the_full_logits(folder, tile_elements, temperature):
     from transformers import AutoModelForCausalLM
 
     groups = make_groups(3, seed=5, temperature=temperature)
     batch = sequences(groups, 288)
     policy = policies.load(Model(path=str(folder), dtype="float32"))
-    policy.head.tile_rows = tile_rows
+    policy.head.tile_elements = tile_elements
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-    (share,) = deal(batch.lengths, 1, 60)
+    (share,) = deal(batch, 1, 60)
     pairs = list(trained_pairs(groups))
     for indices in share:
         micro = micro_batch(batch, indices, "per_sequence")
-        logprobs, entropies = policy(micro.input_ids, micro.positions, micro.targets, micro.temperatures)
+        logprobs, entropies = policy(micro.packed, micro.positions, micro.targets, micro.temperatures)
         expected = [
             token_logprobs(plain, pairs[i][0].prompt_token_ids, pairs[i][1].token_ids, temperature) for i in indices
         ]
@@ -49,12 +49,12 @@ def test_logprobs_and_entropies_equal_the_full_logits(folder, tile_rows, tempera
 
 def test_tiles_do_not_change_the_gradient(tiny_model):
     batch = sequences(make_groups(2, seed=1), 288)
-    micro = micro_batch(batch, deal(batch.lengths, 1, 10_000)[0][0], "per_sequence")
+    micro = micro_batch(batch, deal(batch, 1, 10_000)[0][0], "per_sequence")
     grads = []
-    for tile_rows in (3, 10_000):
+    for tile_elements in (300, 10_000_000):
         policy = policies.load(Model(path=str(tiny_model), dtype="float32"))
-        policy.head.tile_rows = tile_rows
-        logprobs, _ = policy(micro.input_ids, micro.positions, micro.targets, micro.temperatures)
+        policy.head.tile_elements = tile_elements
+        logprobs, _ = policy(micro.packed, micro.positions, micro.targets, micro.temperatures)
         (logprobs * micro.weights).sum().backward()
         grads.append({name: p.grad for name, p in policy.named_parameters()})
     for name in grads[0]:

@@ -27,7 +27,7 @@ def run(case: dict, ranks: rank_groups.Ranks) -> None:
     engines.check(settings)
     policy = policies.load(settings.model, settings.trainer.gradient_checkpointing)
     if case.get("tile_elements"):
-        policy.head.tile_rows = case["tile_elements"] // policy.vocab_size
+        policy.head.tile_elements = case["tile_elements"]
     engine = engines.start(policy, settings, ranks)
     reference = references.start(settings, ranks)
     results = []

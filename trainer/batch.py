@@ -12,9 +12,13 @@ from torch import Tensor
 from services.algorithms import Aggregation
 from services.contract import Completion, CompletionScore, ScoredGroup
 from trainer.loss import token_weights
+from trainer.packing import Family, Packed
 
 PAD = 0
-"""Any id of the vocabulary will do: padding stands to the right, where causal attention never looks back at it."""
+"""What the row of an empty micro-batch is made of: any id of the vocabulary will do, its weight is 0."""
+
+CPU_TOKENS = 4096
+"""A CPU gains nothing from larger micro-batches, and loses where the activations leave its caches."""
 
 
 @dataclass(frozen=True)
@@ -111,41 +115,46 @@ def sequences(groups: Sequence[ScoredGroup], vocab_size: int) -> Sequences:
     )
 
 
-def deal(lengths: np.ndarray, ranks: int, budget: int) -> list[list[np.ndarray]]:
+def budget(micro_batch_tokens: int, device: torch.device) -> int:
+    """Tokens of one forward on this device."""
+    return micro_batch_tokens if device.type == "cuda" else min(micro_batch_tokens, CPU_TOKENS)
+
+
+def deal(batch: Sequences, ranks: int, budget: int) -> list[list[np.ndarray]]:
     """Which sequences go into which micro-batch: [rank][micro-batch] -> indices, the same number for every rank.
 
-    Longest first, each to the rank with the fewest tokens so far; then, on each rank, filled in that order up to
-    `budget` padded tokens (rows x longest). A sequence longer than the budget goes alone. Ranks that need fewer
-    micro-batches get empty ones, because every rank must take part in the same number of collectives.
+    Completions of one prompt stay together, so that the prompt is computed once, in parts of at most `budget` tokens
+    (with several ranks, of at most a quarter of a rank's share, so that these can be balanced). Largest first, each
+    part goes to the rank with the fewest tokens so far, and there to the first micro-batch with room for it. A single
+    sequence longer than the budget goes alone. Ranks that need fewer micro-batches get empty ones, because every rank
+    must take part in the same number of collectives.
     """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
+    families = _families(batch)
+    whole = sum(_size(batch, family) for family in families)
+    most = budget if ranks == 1 else min(budget, max(1, whole // (4 * ranks)))
+    parts = [part for family in families for part in _parts(batch, family, most)]
+    sizes = [_size(batch, part) for part in parts]
     loads = [(0, rank) for rank in range(ranks)]
-    for index in np.argsort(-lengths, kind="stable").tolist():
+    plan: list[list[tuple[int, list[np.ndarray]]]] = [[] for _ in range(ranks)]
+    for number in sorted(range(len(parts)), key=lambda number: -sizes[number]):
         load, rank = heapq.heappop(loads)
-        shares[rank].append(index)
-        heapq.heappush(loads, (load + int(lengths[index]), rank))
-    plan: list[list[np.ndarray]] = []
-    for share in shares:
-        micro_batches, start = [], 0
-        while start < len(share):
-            rows = max(1, budget // int(lengths[share[start]]))
-            micro_batches.append(np.asarray(share[start : start + rows]))
-            start += rows
-        plan.append(micro_batches)
-    most = max(1, *(len(micro_batches) for micro_batches in plan))
-    return [micro_batches + [np.zeros(0, int)] * (most - len(micro_batches)) for micro_batches in plan]
+        heapq.heappush(loads, (load + sizes[number], rank))
+        _put(plan[rank], parts[number], sizes[number], budget)
+    count = max(1, *(len(share) for share in plan))
+    empty = [np.zeros(0, int)]
+    return [[np.concatenate(indices) for _, indices in share] + empty * (count - len(share)) for share in plan]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward. R rows padded on the right to W tokens, T completion tokens in all.
+    """One forward: a packed row, T completion tokens to be trained on in all.
 
-    `input_ids` int64 [R, W]; `positions` int64 [T], into the flattened R*W rows: where the logits that produced a token
-    stand (one before it); `targets` int64 [T]; `segments` int64 [T], the row of a token's sequence; `rollout`,
-    `advantages`, `temperatures`, `weights` float32 [T]. A weight is 0 only for the filler of an empty micro-batch.
+    `positions` int64 [T], into the row: where the logits that produced a token stand (one before it); `targets` int64
+    [T]; `segments` int64 [T], which of the micro-batch's sequences a token is of, from 0; `rollout`, `advantages`,
+    `temperatures`, `weights` float32 [T]. A weight is 0 only for the filler of an empty micro-batch.
     """
 
-    input_ids: Tensor
+    packed: Packed
     positions: Tensor
     targets: Tensor
     segments: Tensor
@@ -161,30 +170,88 @@ class MicroBatch:
 def micro_batch(
     batch: Sequences, indices: np.ndarray, aggregation: Aggregation, constant: int | None = None
 ) -> MicroBatch:
-    """The sequences at `indices` as tensors, on the CPU, with the weights they have in the whole of `batch`. Without
-    indices: one two-token row of weight 0."""
+    """The sequences at `indices` as tensors, on the CPU, token by token in that order, with the weights they have in all
+    of `batch`; neighbours with the same prompt share it. Without indices: one two-token row of weight 0."""
     if len(indices) == 0:
         none = torch.zeros(1)
         at = torch.zeros(1, dtype=torch.long)
-        return MicroBatch(torch.full((1, 2), PAD), at, torch.full((1,), PAD), at, none, none, none + 1, none)
+        nothing = Packed(torch.full((1, 2), PAD), torch.arange(2)[None], (Family(2, ()),))
+        return MicroBatch(nothing, at, torch.full((1,), PAD), at, none, none, none + 1, none)
     weights = token_weights(batch.completions, aggregation, constant)[indices]
-    prompts, completions, lengths = batch.prompts[indices], batch.completions[indices], batch.lengths[indices]
-    width = int(lengths.max())
-    row_starts = np.arange(len(indices)) * width
-    token_starts = _starts(batch.lengths)[indices]
-    ids = np.full(len(indices) * width, PAD, np.int64)
-    ids[_spans(row_starts, lengths)] = batch.tokens[_spans(token_starts, lengths)]
-    first = row_starts + prompts
+    completions = batch.completions[indices]
+    packed, positions = _packed(batch, indices)
+    answers = _spans(_starts(batch.lengths)[indices] + batch.prompts[indices], completions)
     return MicroBatch(
-        input_ids=torch.from_numpy(ids.reshape(len(indices), width)),
-        positions=torch.from_numpy(_spans(first - 1, completions)),
-        targets=torch.from_numpy(ids[_spans(first, completions)]),
+        packed=packed,
+        positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(batch.tokens[answers].astype(np.int64)),
         segments=torch.from_numpy(np.repeat(np.arange(len(indices)), completions)),
         rollout=torch.from_numpy(batch.logprobs[batch.completion_tokens(indices)]),
         advantages=torch.from_numpy(np.repeat(batch.advantages[indices], completions)),
         temperatures=torch.from_numpy(np.repeat(batch.temperatures[indices], completions)),
         weights=torch.from_numpy(np.repeat(weights, completions).astype(np.float32)),
     )
+
+
+def _packed(batch: Sequences, indices: np.ndarray) -> tuple[Packed, np.ndarray]:
+    """The row of these sequences, and where in it the logits of each of their completion tokens stand."""
+    starts = _starts(batch.lengths)
+    tokens, places, positions = [], [], []
+    families: list[Family] = []
+    shared = batch.tokens[:0]
+    at = last = 0
+    for index in indices:
+        prompt, length = int(batch.prompts[index]), int(batch.completions[index]) - 1
+        own = batch.tokens[starts[index] : starts[index] + prompt]
+        if not np.array_equal(own, shared):
+            shared = own
+            tokens.append(own)
+            places.append(np.arange(prompt))
+            families.append(Family(prompt, ()))
+            at += prompt
+            last = at - 1
+        first = starts[index] + prompt
+        tokens.append(batch.tokens[first : first + length])
+        places.append(np.arange(prompt, prompt + length))
+        positions += [np.asarray([last]), np.arange(at, at + length)]
+        families[-1] = Family(prompt, (*families[-1].completions, length))
+        at += length
+    ids, numbers = (torch.from_numpy(np.concatenate(x).astype(np.int64))[None] for x in (tokens, places))
+    return Packed(ids, numbers, tuple(families)), np.concatenate(positions)
+
+
+def _families(batch: Sequences) -> list[list[int]]:
+    """Indices by prompt, each family's longest completion first: the attention of neighbours is padded alike."""
+    starts = _starts(batch.lengths)
+    found: dict[bytes, list[int]] = {}
+    for index, (start, length) in enumerate(zip(starts, batch.prompts, strict=True)):
+        found.setdefault(batch.tokens[start : start + length].tobytes(), []).append(index)
+    return [sorted(family, key=lambda index: -batch.completions[index]) for family in found.values()]
+
+
+def _size(batch: Sequences, family: Sequence[int] | np.ndarray) -> int:
+    """Tokens of the row that these completions of one prompt make."""
+    return int(batch.prompts[family[0]] + (batch.completions[np.asarray(family)] - 1).sum())
+
+
+def _parts(batch: Sequences, family: list[int], most: int) -> list[np.ndarray]:
+    """A family cut into runs of at most `most` tokens each, or of one sequence."""
+    parts: list[list[int]] = []
+    for index in family:
+        if parts and _size(batch, [*parts[-1], index]) <= most:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return [np.asarray(part) for part in parts]
+
+
+def _put(share: list[tuple[int, list[np.ndarray]]], part: np.ndarray, size: int, budget: int) -> None:
+    for number, (load, indices) in enumerate(share):
+        if load + size <= budget:
+            indices.append(part)
+            share[number] = (load + size, indices)
+            return
+    share.append((size, [part]))
 
 
 def _flat(rows: list[list[int]] | list[list[float]], dtype: str) -> np.ndarray:

@@ -60,7 +60,10 @@ LAST = {
     "updates": _unknown("rlif_trainer_updates", "Optimizer updates of the last step: epochs x minibatches"),
     "lr": _unknown("rlif_trainer_learning_rate", "Learning rate of the last step"),
     "micro_batches": _unknown("rlif_trainer_micro_batches", "Micro-batches of the last step on one rank"),
-    "padding": _unknown("rlif_trainer_padding_ratio", "Share of the last step's tokens that was padding"),
+    "forwarded": _unknown(
+        "rlif_trainer_forwarded_ratio",
+        "Tokens the last step computed, as a share of its sequences' tokens: shared prompts count once",
+    ),
     "reward_mean": _unknown("rlif_trainer_reward", "Weighted sum of components, mean over valid completions"),
     "advantage_abs_mean": _unknown("rlif_trainer_advantage_magnitude", "Absolute advantage, mean of valid completions"),
     "valid_fraction": _unknown("rlif_trainer_valid_ratio", "Share of completions that have a usable reward"),

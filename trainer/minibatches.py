@@ -12,7 +12,7 @@ from torch import Tensor
 
 from services.recipe import Trainer
 from trainer.algorithms.advantages import clip_cov, whiten
-from trainer.batch import MicroBatch, Sequences, deal, micro_batch
+from trainer.batch import MicroBatch, Sequences, budget, deal, micro_batch
 from trainer.ranks import Ranks
 
 
@@ -56,7 +56,7 @@ def _of_rank(minibatch: Sequences, settings: Trainer, ranks: Ranks, rng: np.rand
     if settings.clip_cov is not None:
         of_tokens = np.repeat(minibatch.advantages, minibatch.completions)
         kept[clip_cov(minibatch.logprobs, of_tokens, settings.clip_cov, rng)] = 0
-    plan = deal(minibatch.lengths, ranks.size, settings.micro_batch_tokens)[ranks.rank]
+    plan = deal(minibatch, ranks.size, budget(settings.micro_batch_tokens, ranks.device))[ranks.rank]
     return [_part(minibatch, indices, kept, settings) for indices in plan]
 
 

@@ -1,81 +1,55 @@
 """The policy: a causal language model that returns the logprobs of given tokens, never the logits of a whole batch."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from services.model_folder import attention_for
 from services.recipe import Model, RecipeError
+from trainer import packing
+from trainer.head import Head
+from trainer.packing import Packed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-TILE_ELEMENTS = 2**26
-"""Logits held at a time: 256 MiB in float32."""
+PACKED = {"sdpa": packing.SDPA, "flash_attention_2": packing.FLASH}
 
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Configuration keys of models whose logits are not the plain product of hidden state and LM head."""
 
 
-class Head(nn.Module):
-    """Hidden states -> logprob and entropy per token, tile by tile through the LM head of `vocab_size` rows."""
-
-    def __init__(self, linear: nn.Linear, vocab_size: int, tile_elements: int = TILE_ELEMENTS) -> None:
-        super().__init__()
-        # In a list, so that the layer stays a child of the language model alone.
-        self.linear = [linear]
-        self.vocab_size = vocab_size
-        self.tile_rows = max(1, tile_elements // vocab_size)
-
-    def forward(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        linear = self.linear[0]
-        weight = linear.weight[: self.vocab_size]
-        bias = None if linear.bias is None else linear.bias[: self.vocab_size]
-        if len(hidden) <= self.tile_rows:
-            return _tile(hidden, weight, bias, targets, temperatures)
-        tiles = [
-            # Recomputed in the backward pass, so that only one tile of logits exists at any time.
-            checkpoint(_tile, h, weight, bias, y, t, use_reentrant=False, preserve_rng_state=False)
-            for h, y, t in zip(*(x.split(self.tile_rows) for x in (hidden, targets, temperatures)), strict=True)
-        ]
-        logprobs, entropies = zip(*tiles, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
-
-
-def _tile(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperatures: Tensor
-) -> tuple[Tensor, Tensor]:
-    logits = F.linear(hidden, weight, bias).float() / temperatures[:, None]
-    normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    entropies = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-    return logprobs, entropies
-
-
 class Policy(nn.Module):
-    """`forward(input_ids [R, W], positions [T], targets [T], temperatures [T])` -> float32 (logprobs, entropies) [T].
+    """`forward(packed, positions [T], targets [T], temperatures [T])` -> float32 (logprobs, entropies) [T].
 
-    Rows are padded on the right, and no attention mask is needed. `positions` index the flattened R*W hidden states and
-    name those that produced `targets`. Logits are divided by the temperature first, as they were for sampling; both
-    results, in nats, are of that distribution. Both carry a gradient.
+    `positions` index the row's L hidden states and name those that produced `targets`. Logits are divided by the
+    temperature first, as they were for sampling; both results, in nats and with gradients, are of that distribution.
+    A model that cannot take packed rows is given padded ones.
     """
 
-    def __init__(self, model: "PreTrainedModel", tile_elements: int = TILE_ELEMENTS) -> None:
+    def __init__(self, model: "PreTrainedModel", tile_elements: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.vocab_size: int = model.config.vocab_size
+        self.packs = model.config._attn_implementation in (packing.SDPA, packing.FLASH)
         self.head = Head(cast(nn.Linear, model.get_output_embeddings()), self.vocab_size, tile_elements)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, temperatures: Tensor
+        self, packed: Packed, positions: Tensor, targets: Tensor, temperatures: Tensor
     ) -> tuple[Tensor, Tensor]:
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.head(hidden.flatten(0, 1)[positions], targets, temperatures)
+        if self.packs:
+            inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "packed": packed}
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        else:
+            # Padding stands to the right, where causal attention never looks back at it: no mask is needed.
+            rows, places = packed.rows()
+            hidden = self.model.base_model(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
+            positions = places[positions]
+        return self.head(hidden[positions], targets, temperatures)
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
@@ -104,7 +78,7 @@ def load(settings: Model, gradient_checkpointing: bool = False) -> Policy:
             settings.path,
             config=config,
             dtype=getattr(torch, settings.dtype),
-            attn_implementation=attention_for(config, settings.attn_implementation),
+            attn_implementation=_attention(config, settings),
             **where,
         )
     except (OSError, ValueError) as error:
@@ -114,6 +88,18 @@ def load(settings: Model, gradient_checkpointing: bool = False) -> Policy:
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model.train())
+
+
+def _attention(config: "PreTrainedConfig", settings: Model) -> str:
+    """The packed form of what the recipe asks for, where the model can; plain attention over padded rows otherwise."""
+    wanted = attention_for(config, settings.attn_implementation)
+    packs = packing.fits(config.model_type, getattr(config, "layer_types", None)) and not settings.trust_remote_code
+    if not packs or wanted not in PACKED:
+        return wanted
+    if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise RecipeError("model.attn_implementation: flash_attention_2 needs the package flash-attn; use sdpa")
+    packing.register()
+    return PACKED[wanted]
 
 
 def reference(settings: Model) -> Policy:

@@ -37,7 +37,7 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, micro: MicroBatch) -> Tensor:
         """float32 [T]; to be called inside `at_hand`, for all of a step's micro-batches at once."""
-        return self.module(micro.input_ids, micro.positions, micro.targets, micro.temperatures)[0]
+        return self.module(micro.packed, micro.positions, micro.targets, micro.temperatures)[0]
 
     @torch.no_grad()
     def follow(self, trained: Policy) -> None:

@@ -50,11 +50,11 @@ class StepResult:
     completion_tokens: int
     completions: int
     micro_batches: int
-    padding: float
+    forwarded: float
     seconds: dict[str, float]
 
 
-SUMS = tuple("tokens loss kl entropy clipped cut ratio importance truncated gap rollout_kl padded".split())
+SUMS = tuple("tokens loss kl entropy clipped cut ratio importance truncated gap rollout_kl forwarded".split())
 MAXIMA = ("ratio", "gap")
 
 
@@ -119,7 +119,7 @@ def train_step(
         completion_tokens=int(batch.completions.sum()),
         completions=len(batch),
         micro_batches=len(every),
-        padding=1 - tokens * settings.epochs_per_batch / max(total["padded"], 1.0),
+        forwarded=total["forwarded"] / max(tokens * settings.epochs_per_batch, 1),
         seconds={"pack": packed - started, "compute": done - packed - optimizer, "optimizer": optimizer},
     )
 
@@ -133,7 +133,7 @@ def _remember_old_logprobs(engine: Any, every: list[Part], ranks: Ranks) -> None
 
 
 def _forward(engine: Any, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-    return engine(micro.input_ids, micro.positions, micro.targets, micro.temperatures)
+    return engine(micro.packed, micro.positions, micro.targets, micro.temperatures)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _measure(
         "truncated": terms.truncated * real,
         "gap": gaps,
         "rollout_kl": k3(micro.rollout, proximal) * real,
-        "padded": real.max() * micro.input_ids.numel(),
+        "forwarded": real.max() * len(micro.packed),
     }
     sums += torch.stack([columns[name].sum() for name in SUMS])
     maxima.copy_(torch.maximum(maxima, torch.stack([ratios.max(), gaps.max()])))
