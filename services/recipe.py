@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from services.algorithms import Objective, default_combine
 from services.contract import Sampling
+from services.section import Section
 from services.spec import Combine, RewardSpec, RewardTerm
 
 
@@ -19,10 +21,6 @@ class RecipeError(ValueError):
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 def _of_scheme(url: str, *schemes: str) -> str:
@@ -218,14 +216,10 @@ class Offload(Section):
     parameters: bool = False
 
 
-class Trainer(Section):
-    """`groups_per_step` prompts make one optimizer step. `micro_batch_tokens` bounds the tokens of one forward, where a
-    prompt that several completions share counts once (on a CPU it is at most 4096).
-
-    `kl_beta` weighs k3-KL to the frozen reference policy (0: no reference is loaded). `importance_cap` truncates the
-    rollout/trainer importance weight (none: no correction). `old_logprobs`: the clipped ratio is taken against
-    `recomputed` logprobs (the importance weight then bridges to the rollout's) or against the `rollout`'s directly.
-    """
+class Trainer(Objective):
+    """`groups_per_step` prompts make one step, which is one version of the weights. `micro_batch_tokens` bounds the
+    tokens of one forward, where a prompt that several completions share counts once (on a CPU it is at most 4096). The
+    objective's keys (`algorithm`, ...): services/algorithms.py."""
 
     steps: int = Field(ge=1)
     groups_per_step: int = Field(ge=1)
@@ -239,12 +233,6 @@ class Trainer(Section):
     warmup: float = Field(0.1, ge=0)
     """A share of the steps when below 1, else a number of steps."""
     grad_clip: float = Field(1.0, gt=0)
-    aggregation: Literal["per_sequence", "token_mean"] = "per_sequence"
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-    kl_beta: float = Field(0.005, ge=0)
-    old_logprobs: Literal["recomputed", "rollout"] = "recomputed"
-    importance_cap: float | None = Field(2.0, gt=0)
     micro_batch_tokens: int = Field(16384, ge=1)
     gradient_checkpointing: bool = False
     offload: Offload = Offload()
@@ -254,6 +242,16 @@ class Trainer(Section):
     checkpoints: Checkpoints = Checkpoints()
     batch_deadline_seconds: float = Field(3600, gt=0)
     """How long to wait for one step's groups before giving up with an error."""
+
+    @model_validator(mode="after")
+    def can_be_divided(self) -> Self:
+        if self.groups_per_step % self.minibatches:
+            raise ValueError(
+                f"minibatches: {self.minibatches} does not divide groups_per_step ({self.groups_per_step})"
+            )
+        if self.reference.kind == "ema" and self.zero_stage == 3 and self.kl_beta > 0:
+            raise ValueError("reference.kind: ema needs whole weights on every rank: zero_stage 0, 1 or 2, or frozen")
+        return self
 
 
 class Weights(Section):
@@ -323,7 +321,7 @@ class Recipe(Section):
                 f"trainer.groups_per_step ({self.trainer.groups_per_step})"
             )
         if self.rollout.group_size == 1 and not isinstance(self.rewards, str):
-            if (self.combine or Combine()).normalize != "none":
+            if self.combined.normalize != "none":
                 raise ValueError(
                     "rollout.group_size: 1 leaves nothing to normalise in; use at least 2, or normalize: none"
                 )
@@ -353,12 +351,24 @@ class Recipe(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def constant_has_a_length(self) -> Self:
+        if self.trainer.aggregation == "constant" and self.trainer.aggregation_length is None:
+            # Sections are frozen for those who read them; this one's default lies in another.
+            object.__setattr__(self.trainer, "aggregation_length", self.rollout.sampling.max_tokens)
+        return self
+
+    @property
+    def combined(self) -> Combine:
+        """How the rewards that the recipe lists are joined: as it says, or as its algorithm has it."""
+        return self.combine or default_combine(self.trainer.algorithm)
+
     @property
     def spec(self) -> RewardSpec | None:
         """The spec written out in the recipe; none when `rewards` names one the reward server knows."""
         if isinstance(self.rewards, str):
             return None
-        return RewardSpec(rewards=self.rewards, combine=self.combine or Combine())
+        return RewardSpec(rewards=self.rewards, combine=self.combined)
 
     @property
     def weights_dir(self) -> Path:

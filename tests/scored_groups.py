@@ -1,8 +1,6 @@
-"""Scored groups for trainer tests, and a plain float64 trainer to compare with."""
+"""Scored groups for trainer tests, and the logprobs of their tokens in the slow way."""
 
-import math
 import random
-from pathlib import Path
 
 from services.contract import Completion, CompletionScore, Sampling, Score, ScoredGroup, Task, Version, group_id
 
@@ -66,72 +64,16 @@ def trained_pairs(groups: list[ScoredGroup]):
                 yield group, completion, score
 
 
-def token_logprobs(model, prompt: list[int], answer: list[int], temperature: float):
-    """The slow way: one sequence at a time, all logits."""
+def token_distributions(model, prompt: list[int], answer: list[int], temperature: float):
+    """The slow way: one sequence at a time, all logits -> log-probabilities [n, V] where each token was chosen."""
     import torch
 
     logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0] / temperature
-    return torch.stack([logits[len(prompt) - 1 + t].log_softmax(-1)[token] for t, token in enumerate(answer)])
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
-def objective(model, reference, groups: list[ScoredGroup], settings):
-    """The loss of one step, written token by token from its definition."""
+def token_logprobs(model, prompt: list[int], answer: list[int], temperature: float):
     import torch
 
-    pairs = list(trained_pairs(groups))
-    total_tokens = sum(len(completion.token_ids) for _, completion, _ in pairs)
-    total = torch.zeros((), dtype=torch.float64)
-    for group, completion, score in pairs:
-        logp = token_logprobs(model, group.prompt_token_ids, completion.token_ids, group.sampling.temperature)
-        with torch.no_grad():
-            ref = token_logprobs(reference, group.prompt_token_ids, completion.token_ids, group.sampling.temperature)
-        for t, rollout in enumerate(completion.logprobs):
-            importance = 1.0
-            if settings.old_logprobs == "recomputed":
-                old = logp[t].detach()
-                if settings.importance_cap is not None:
-                    importance = min(math.exp(float(old) - rollout), settings.importance_cap)
-            else:
-                old = torch.tensor(rollout, dtype=torch.float64)
-            ratio = torch.exp(logp[t] - old)
-            clipped = torch.clamp(ratio, 1 - settings.clip_low, 1 + settings.clip_high)
-            loss = -importance * torch.minimum(ratio * score.advantage, clipped * score.advantage)
-            gap = ref[t] - logp[t]
-            loss = loss + settings.kl_beta * (torch.exp(gap) - gap - 1)
-            if settings.aggregation == "per_sequence":
-                total = total + loss / len(completion.token_ids) / len(pairs)
-            else:
-                total = total + loss / total_tokens
-    return total
-
-
-def plain_training(folder: Path, batches: list[list[ScoredGroup]], settings, learning_rate):
-    """Plain torch in float64: -> (losses, gradient norms, final weights by name)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).requires_grad_(False)
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.adam_eps,
-    )
-    losses, norms = [], []
-    for step, groups in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
-        optimizer.zero_grad()
-        loss = objective(model, reference, groups, settings)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        if loss.requires_grad:
-            loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)))
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
+    rows = token_distributions(model, prompt, answer, temperature)
+    return torch.stack([rows[t][token] for t, token in enumerate(answer)])

@@ -15,9 +15,10 @@ import pytest
 import torch
 import yaml
 from audit import read_steps, surviving
+from plain_trainer import plain_training
 from prometheus_client import REGISTRY
 from safetensors.torch import load_file
-from scored_groups import make_groups, plain_training
+from scored_groups import make_groups
 
 from services import codec, recipe
 from services.contract import Completion, CompletionScore, Score, Version
@@ -29,6 +30,7 @@ from trainer import checkpoint
 from trainer.engine import learning_rate
 from trainer.export import export
 from trainer.metrics import StepLog, of_groups
+from trainer.reference import Reference
 from trainer.train import main
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -65,6 +67,7 @@ def command(ranks: int, *rest: str) -> list[str]:
 
 # ---- the update ------------------------------------------------------------------------------------------------
 
+SEVERAL = {"minibatches": 3, "epochs_per_batch": 2}
 CASES = {
     "zero 0": {"zero_stage": 0},
     "zero 1": {"zero_stage": 1},
@@ -73,7 +76,18 @@ CASES = {
     "zero 3, checkpointed": {"zero_stage": 3, "gradient_checkpointing": True},
     "one micro-batch": {"zero_stage": 2, "micro_batch_tokens": 100_000},
     "token mean, rollout ratios": {"zero_stage": 2, "aggregation": "token_mean", "old_logprobs": "rollout"},
-    "no importance weight, no clip": {"zero_stage": 1, "importance_cap": None, "grad_clip": 1e6},
+    "no importance weight, no clip": {"zero_stage": 1, "importance": None, "grad_clip": 1e6},
+    "dapo, several updates": {"zero_stage": 0, "algorithm": "dapo", **SEVERAL},
+    "gspo, several updates, zero 3": {"zero_stage": 3, "algorithm": "gspo", **SEVERAL, "kl_beta": 0.1},
+    "reinforce++, offloaded reference": {"zero_stage": 2, "algorithm": "reinforce_pp", "reference": {"offload": True}},
+    "cispo, entropy bonus, offloaded reference, zero 3": {
+        "zero_stage": 3,
+        "algorithm": "cispo",
+        "entropy_bonus": 0.05,
+        "reference": {"offload": True},
+        **SEVERAL,
+    },
+    "rloo, moving reference": {"zero_stage": 1, "algorithm": "rloo", "reference": {"kind": "ema", "decay": 0.5}},
     "bfloat16, zero 1": {"zero_stage": 1, "dtype": "bfloat16"},
     "bfloat16, zero 2": {"zero_stage": 2, "dtype": "bfloat16"},
     "bfloat16, zero 3": {"zero_stage": 3, "dtype": "bfloat16"},
@@ -81,7 +95,7 @@ CASES = {
 
 
 def batches():
-    """Three ordinary steps, one with fewer sequences than ranks, one without any."""
+    """Two ordinary steps, one with fewer sequences than ranks, one without any."""
     ordinary = [make_groups(3, seed=seed) for seed in range(2)]
     first, second = make_groups(2, seed=9, size=3)
     nothing = [score.model_copy(update={"valid": False}) for score in first.scores]
@@ -282,6 +296,8 @@ def test_what_cannot_run_is_refused_by_key(tiny_model, tmp_path):
 # ---- whole runs ------------------------------------------------------------------------------------------------
 
 STEPS, GROUPS_PER_STEP = 6, 2
+# What a checkpoint must bring back beside DeepSpeed's state, and what is drawn.
+MOVING = {"reference": {"kind": "ema", "decay": 0.5}, "minibatches": 2, "epochs_per_batch": 2}
 
 
 class Run:
@@ -360,8 +376,8 @@ class Run:
 def runs(tiny_model, redis_url, tmp_path_factory):
     """An unbroken run, and one that is killed, stopped and twice resumed; both over."""
     folder = tmp_path_factory.mktemp("runs")
-    unbroken = Run(folder, tiny_model, redis_url, "unbroken")
-    broken = Run(folder, tiny_model, redis_url, "broken")
+    unbroken = Run(folder, tiny_model, redis_url, "unbroken", **MOVING)
+    broken = Run(folder, tiny_model, redis_url, "broken", **MOVING)
     try:
         unbroken.push(0, STEPS * GROUPS_PER_STEP)
         unbroken.start("--resume")  # nothing to resume yet: a container's command line is the same at every start
@@ -423,7 +439,17 @@ def test_the_queue_is_empty_and_the_status_done(runs):
 def test_lines_hold_what_console_and_report_read(runs):
     line = read_steps(runs[0].dir)[-1]
     numbers = {"loss", "kl", "entropy", "clip_fraction", "ratio_mean", "importance_mean", "importance_truncated"}
-    numbers |= {"logprob_gap_mean", "logprob_gap_max", "grad_norm", "lr", "tokens", "tokens_per_second"}
+    numbers |= {
+        "rollout_kl",
+        "clip_cov_fraction",
+        "updates",
+        "logprob_gap_mean",
+        "logprob_gap_max",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_second",
+    }
     numbers |= {"staleness_mean", "staleness_max", "completion_length", "valid_fraction", "stop_share"}
     numbers |= {"reward_mean", "components.certainty"}
     for name in numbers:
@@ -439,6 +465,13 @@ def test_checkpoints_and_versions_are_pruned(runs):
     assert len(list(broken.recipe.weights_dir.iterdir())) == broken.recipe.weights.keep
     # What a crash between the checkpoint and the acknowledgement would leave to be acknowledged: two steps' entries.
     assert len(checkpoint.state(unbroken.dir / "checkpoints" / "0-6")["unacknowledged"]) == 2 * GROUPS_PER_STEP
+
+
+def test_a_moving_reference_needs_a_checkpoint_that_has_one(runs, tmp_path):
+    moving = Reference(torch.nn.Linear(2, 2), decay=0.5)
+    with pytest.raises(RecipeError, match="trainer.reference.kind: ema"):
+        moving.load(tmp_path)
+    assert (runs[0].dir / "checkpoints" / "0-6" / "reference.safetensors").exists()
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "unfinished"])

@@ -18,6 +18,7 @@ from trainer import checkpoint
 from trainer import engine as engines
 from trainer import policy as policies
 from trainer import ranks as rank_groups
+from trainer import reference as references
 from trainer.batch import sequences
 from trainer.step import train_step
 
@@ -29,11 +30,13 @@ def run(case: dict, ranks: rank_groups.Ranks) -> None:
     if case.get("tile_elements"):
         policy.head.tile_elements = case["tile_elements"]
     engine = engines.start(policy, settings, ranks)
-    reference = engines.start_reference(engine, settings, ranks)
+    reference = references.start(settings, ranks, policy)
     results = []
     for step, batch in enumerate(case["batches"]):
         groups = [codec.unpack_as(ScoredGroup, bytes.fromhex(text)) for text in batch]
-        result = train_step(engine, reference, sequences(groups, policy.vocab_size), step, settings.trainer, ranks)
+        result = train_step(
+            engine, reference, sequences(groups, policy.vocab_size), step, settings.trainer, ranks, settings.run.seed
+        )
         results.append(dataclasses.asdict(result))
     weights = dict(policies.tensors(policy, partitioned=settings.trainer.zero_stage == 3, adapters=settings.model.lora))
     if ranks.first:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.algorithms import Aggregation
 from services.contract import Completion, CompletionScore, ScoredGroup
-from trainer.loss import Aggregation, token_weights
+from trainer.loss import token_weights
 from trainer.packing import Family, Packed
 
 PAD = 0
@@ -25,7 +26,8 @@ class Sequences:
     """The completions of one step that are trained on, one after the other, as flat arrays.
 
     `tokens` int32 [sum of prompt + completion lengths], `prompts` and `completions` int32 [N] (lengths), `logprobs`
-    float32 [sum of completion lengths] (the behaviour policy's), `advantages` and `temperatures` float32 [N].
+    float32 [sum of completion lengths] (the behaviour policy's), `advantages` and `temperatures` float32 [N], `groups`
+    int32 [N] (which of the step's groups, from 0).
     """
 
     tokens: np.ndarray
@@ -34,6 +36,7 @@ class Sequences:
     logprobs: np.ndarray
     advantages: np.ndarray
     temperatures: np.ndarray
+    groups: np.ndarray
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -42,6 +45,22 @@ class Sequences:
     def lengths(self) -> np.ndarray:
         """Prompt and completion together, [N]."""
         return self.prompts + self.completions
+
+    def take(self, indices: np.ndarray) -> "Sequences":
+        """The sequences at `indices`, in that order."""
+        return Sequences(
+            tokens=self.tokens[_spans(_starts(self.lengths)[indices], self.lengths[indices])],
+            prompts=self.prompts[indices],
+            completions=self.completions[indices],
+            logprobs=self.logprobs[self.completion_tokens(indices)],
+            advantages=self.advantages[indices],
+            temperatures=self.temperatures[indices],
+            groups=self.groups[indices],
+        )
+
+    def completion_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """Where the completion tokens of the sequences at `indices` stand in arrays like `logprobs`."""
+        return _spans(_starts(self.completions)[indices], self.completions[indices])
 
     def pack(self) -> bytes:
         """Raw little-endian arrays in msgpack: what rank 0 sends the other ranks."""
@@ -64,9 +83,9 @@ def sequences(groups: Sequence[ScoredGroup], vocab_size: int) -> Sequences:
     Raises ValueError, naming the group, for token ids outside the vocabulary and for greedily sampled completions.
     """
     tokens: list[list[int]] = []
-    prompts, completions, advantages, temperatures = [], [], [], []
+    prompts, completions, advantages, temperatures, numbers = [], [], [], [], []
     logprobs: list[list[float]] = []
-    for group in groups:
+    for number, group in enumerate(groups):
         for completion, score in zip(group.completions, group.scores, strict=True):
             if not trained(completion, score):
                 continue
@@ -84,6 +103,7 @@ def sequences(groups: Sequence[ScoredGroup], vocab_size: int) -> Sequences:
             logprobs.append(completion.logprobs)
             advantages.append(score.advantage)
             temperatures.append(group.sampling.temperature)
+            numbers.append(number)
     return Sequences(
         tokens=_flat(tokens, "<i4"),
         prompts=np.asarray(prompts, "<i4"),
@@ -91,6 +111,7 @@ def sequences(groups: Sequence[ScoredGroup], vocab_size: int) -> Sequences:
         logprobs=_flat(logprobs, "<f4"),
         advantages=np.asarray(advantages, "<f4"),
         temperatures=np.asarray(temperatures, "<f4"),
+        groups=np.asarray(numbers, "<i4"),
     )
 
 
@@ -129,13 +150,14 @@ class MicroBatch:
     """One forward: a packed row, T completion tokens to be trained on in all.
 
     `positions` int64 [T], into the row: where the logits that produced a token stand (one before it); `targets` int64
-    [T]; `rollout`, `advantages`, `temperatures`, `weights` float32 [T]. A weight is 0 only for the filler of an empty
-    micro-batch.
+    [T]; `segments` int64 [T], which of the micro-batch's sequences a token is of, from 0; `rollout`, `advantages`,
+    `temperatures`, `weights` float32 [T]. A weight is 0 only for the filler of an empty micro-batch.
     """
 
     packed: Packed
     positions: Tensor
     targets: Tensor
+    segments: Tensor
     rollout: Tensor
     advantages: Tensor
     temperatures: Tensor
@@ -145,15 +167,17 @@ class MicroBatch:
         return MicroBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
-def micro_batch(batch: Sequences, indices: np.ndarray, aggregation: Aggregation) -> MicroBatch:
-    """The sequences at `indices` as tensors, on the CPU, token by token in that order; neighbours with the same prompt
-    share it. Without indices: one two-token row of weight 0."""
+def micro_batch(
+    batch: Sequences, indices: np.ndarray, aggregation: Aggregation, constant: int | None = None
+) -> MicroBatch:
+    """The sequences at `indices` as tensors, on the CPU, token by token in that order, with the weights they have in
+    all of `batch`; neighbours with the same prompt share it. Without indices: one two-token row of weight 0."""
     if len(indices) == 0:
         none = torch.zeros(1)
         at = torch.zeros(1, dtype=torch.long)
         nothing = Packed(torch.full((1, 2), PAD), torch.arange(2)[None], (Family(2, ()),))
-        return MicroBatch(nothing, at, torch.full((1,), PAD), none, none, none + 1, none)
-    weights = token_weights(batch.completions, aggregation)[indices]
+        return MicroBatch(nothing, at, torch.full((1,), PAD), at, none, none, none + 1, none)
+    weights = token_weights(batch.completions, aggregation, constant)[indices]
     completions = batch.completions[indices]
     packed, positions = _packed(batch, indices)
     answers = _spans(_starts(batch.lengths)[indices] + batch.prompts[indices], completions)
@@ -161,7 +185,8 @@ def micro_batch(batch: Sequences, indices: np.ndarray, aggregation: Aggregation)
         packed=packed,
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(batch.tokens[answers].astype(np.int64)),
-        rollout=torch.from_numpy(batch.logprobs[_spans(_starts(batch.completions)[indices], completions)]),
+        segments=torch.from_numpy(np.repeat(np.arange(len(indices)), completions)),
+        rollout=torch.from_numpy(batch.logprobs[batch.completion_tokens(indices)]),
         advantages=torch.from_numpy(np.repeat(batch.advantages[indices], completions)),
         temperatures=torch.from_numpy(np.repeat(batch.temperatures[indices], completions)),
         weights=torch.from_numpy(np.repeat(weights, completions).astype(np.float32)),

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from services.recipe import Recipe, RecipeError
 from trainer.ranks import Ranks
+from trainer.reference import Reference
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,14 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def save(engine: Any, directory: Path, progress: Progress, recipe: Recipe, ranks: Ranks) -> Path:
+def save(
+    engine: Any,
+    directory: Path,
+    progress: Progress,
+    recipe: Recipe,
+    ranks: Ranks,
+    reference: Reference | None = None,
+) -> Path:
     """Called by every rank; when it returns, the checkpoint is durable and older ones than `keep` are gone."""
     target = directory / f"{progress.lineage}-{progress.step}"
     aside = directory / f".{target.name}.tmp"
@@ -61,6 +69,8 @@ def save(engine: Any, directory: Path, progress: Progress, recipe: Recipe, ranks
     ranks.barrier()
     engine.save_checkpoint(str(aside), tag=TAG, save_latest=False)
     save_file(_random_state(ranks), aside / f"rng-{ranks.rank}.safetensors")
+    if ranks.first and reference is not None:
+        reference.save(aside)
     ranks.barrier()
     if ranks.first:
         files = {str(path.relative_to(aside)): _fingerprint(path) for path in _files(aside)}

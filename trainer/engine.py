@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from services.recipe import Recipe, RecipeError, Trainer
-from trainer.policy import Policy, WithoutAdapters, reference
+from trainer.policy import Policy
 from trainer.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ def check(recipe: Recipe) -> None:
             "trainer.zero_stage: 0 does not go with model.dtype bfloat16 (DeepSpeed's Adam then starts a step "
             "ahead); use zero_stage 1, 2 or 3, or model.dtype float32"
         )
+    if recipe.model.lora is not None and recipe.trainer.kl_beta > 0 and recipe.trainer.reference.kind == "ema":
+        raise RecipeError("trainer.reference.kind: ema does not go with model.lora, whose reference is the base model")
     offload, stage = recipe.trainer.offload, recipe.trainer.zero_stage
     if offload.optimizer and stage == 0:
         raise RecipeError("trainer.offload.optimizer: true needs trainer.zero_stage 1, 2 or 3 (it is 0)")
@@ -65,7 +67,7 @@ def config(recipe: Recipe, parameters: int, cuda: bool) -> dict[str, Any]:
 
 
 def learning_rate(step: int, settings: Trainer) -> float:
-    """For optimizer step `step` (from 0): linear warm-up, then the schedule down to 0 at `settings.steps`.
+    """For all updates of step `step` (from 0): linear warm-up, then the schedule down to 0 at `settings.steps`.
 
     The warm-up's first step already moves: with W warm-up steps, step k < W has (k + 1) / (W + 1) of the rate.
     """
@@ -111,20 +113,13 @@ def start_frozen(policy: Policy, recipe: Recipe, ranks: Ranks) -> nn.Module:
     if recipe.trainer.zero_stage < 3:
         return policy.to(ranks.device)
     _share_head(policy, recipe)
-    settings = config(recipe, sum(p.numel() for p in policy.parameters()), ranks.device.type == "cuda")
+    cuda = ranks.device.type == "cuda"
+    settings = config(recipe, sum(p.numel() for p in policy.parameters()), cuda)
+    if recipe.trainer.reference.offload:
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     engine, *_ = _deepspeed().initialize(model=policy, config=settings)
     engine.eval()
     return engine
-
-
-def start_reference(engine: Any, recipe: Recipe, ranks: Ranks) -> nn.Module | None:
-    """The frozen policy that the KL term is taken to; none without one. Where only adapters are trained, it is the
-    trained model with these switched off."""
-    if recipe.trainer.kl_beta == 0:
-        return None
-    if recipe.model.lora is not None:
-        return WithoutAdapters(engine.module)
-    return start_frozen(reference(recipe.model), recipe, ranks)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

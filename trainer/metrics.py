@@ -30,20 +30,34 @@ def _unknown(name: str, documentation: str) -> Gauge:
 
 
 LAST = {
-    "loss": _unknown("rlif_trainer_loss", "Loss of the last step"),
+    "loss": _unknown("rlif_trainer_loss", "Loss, mean over the last step's updates"),
     "kl": _unknown("rlif_trainer_kl_nats", "KL from the reference policy (k3), mean over the last step's tokens"),
     "entropy": _unknown("rlif_trainer_entropy_nats", "Entropy of the policy, mean over the last step's tokens"),
     "clip_fraction": _unknown("rlif_trainer_clipped_ratio", "Share of the last step's tokens that the clip held"),
+    "clip_cov_fraction": _unknown(
+        "rlif_trainer_clip_cov_ratio", "Share of the last step's tokens that clip-cov kept the policy gradient off"
+    ),
     "ratio_mean": _unknown("rlif_trainer_policy_ratio_mean", "Policy over rollout probability, mean over tokens"),
     "ratio_max": _unknown("rlif_trainer_policy_ratio_max", "Policy over rollout probability, largest of any token"),
-    "importance_mean": _unknown("rlif_trainer_importance_mean", "Truncated importance weight, mean over tokens"),
+    "importance_mean": _unknown(
+        "rlif_trainer_importance_mean", "Importance weight after truncation or mask, mean over tokens"
+    ),
     "importance_truncated": _unknown(
-        "rlif_trainer_importance_truncated_ratio", "Share of tokens whose importance weight was cut"
+        "rlif_trainer_importance_truncated_ratio", "Share of tokens whose importance weight was truncated or masked"
     ),
     "logprob_gap_mean": _unknown(
         "rlif_trainer_logprob_gap_nats", "Trainer's against rollout's logprob of a token, mean absolute difference"
     ),
-    "grad_norm": _unknown("rlif_trainer_gradient_norm", "Norm of the last step's gradient, before clipping"),
+    "logprob_gap_max": _unknown(
+        "rlif_trainer_logprob_gap_max_nats", "Trainer's against rollout's logprob of a token, largest difference"
+    ),
+    "rollout_kl": _unknown(
+        "rlif_trainer_rollout_kl_nats", "KL of the trainer's policy from the rollout's (k3), mean over tokens"
+    ),
+    "grad_norm": _unknown(
+        "rlif_trainer_gradient_norm", "Norm of the gradient before clipping, mean over the last step's updates"
+    ),
+    "updates": _unknown("rlif_trainer_updates", "Optimizer updates of the last step: epochs x minibatches"),
     "lr": _unknown("rlif_trainer_learning_rate", "Learning rate of the last step"),
     "micro_batches": _unknown("rlif_trainer_micro_batches", "Micro-batches of the last step on one rank"),
     "forwarded": _unknown(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from services import traces, trail
+from services.algorithms import contradiction
 from services.contract import Version
 from services.queue import Entry
 from services.recipe import Recipe, RecipeError
@@ -25,10 +26,12 @@ from services.steps import StepsError, read_steps
 from services.weights.publish import Publisher
 from trainer import checkpoint, metrics, policy
 from trainer import engine as engines
+from trainer import reference as references
 from trainer.batch import Sequences, sequences
 from trainer.checkpoint import Progress
 from trainer.feed import Feed, graceful
 from trainer.ranks import Ranks, join
+from trainer.reference import Reference
 from trainer.step import StepResult, train_step
 from trainer.waits import Waits
 
@@ -48,6 +51,9 @@ def main(recipe: Recipe, redis_url: str, resume: bool = False) -> int:
     """
     engines.check(recipe)
     _refuse_used_folder(recipe, resume)
+    doubt = "" if recipe.spec is None else contradiction(recipe.trainer.algorithm, recipe.spec.combine)
+    if doubt:
+        log.warning(doubt)
     with join(recipe.trainer) as ranks, ExitStack() as stack:
         waits = Waits()
         if ranks.first and recipe.tracking.metrics_port is not None:
@@ -64,8 +70,8 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
     _seed(recipe)
     trained = policy.load(recipe.model, trainer.gradient_checkpointing)
     engine = engines.start(trained, recipe, ranks)
-    reference = engines.start_reference(engine, recipe, ranks)
-    progress = _restore(engine, recipe, resume, ranks, feed)
+    reference = references.start(recipe, ranks, trained)
+    progress = _restore(engine, reference, recipe, resume, ranks, feed)
     start = progress.step
     waits.over("model")
 
@@ -86,7 +92,7 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
 
         named: dict[str, Any] = {"step": progress.step + 1, "group_ids": [entry.group.group_id for entry in entries]}
         with traces.span("train step", "consumer", links=[entry.trace for entry in entries], **named):
-            result = train_step(engine, reference, batch, progress.step, trainer, ranks)
+            result = train_step(engine, reference, batch, progress.step, trainer, ranks, recipe.run.seed)
             progress.step += 1
             progress.unacknowledged += [entry.entry_id for entry in entries]
             seconds["publish"] = _publish(publisher, trained, progress, files, recipe)
@@ -95,11 +101,11 @@ def _train(recipe: Recipe, redis_url: str, resume: bool, ranks: Ranks, feed: Fee
         seconds = {}
 
         if progress.step % trainer.checkpoints.every == 0 or progress.step == trainer.steps:
-            seconds["checkpoint"] = _checkpoint(engine, recipe, progress, ranks, feed)
+            seconds["checkpoint"] = _checkpoint(engine, reference, recipe, progress, ranks, feed)
             durable = progress.step
 
     if durable < progress.step:
-        _checkpoint(engine, recipe, progress, ranks, feed)
+        _checkpoint(engine, reference, recipe, progress, ranks, feed)
     if feed is not None and records is not None:
         done = progress.step >= trainer.steps
         feed.report("done" if done else "stopped", progress.step, progress.lineage)
@@ -120,7 +126,7 @@ def _refuse_used_folder(recipe: Recipe, resume: bool) -> None:
 
 
 def _seed(recipe: Recipe) -> None:
-    """Nothing in a step draws random numbers; a model's own code might."""
+    """A step draws its random numbers from generators of its own; a model's own code might use the global ones."""
     random.seed(recipe.run.seed)
     np.random.seed(recipe.run.seed)
     torch.manual_seed(recipe.run.seed)
@@ -131,7 +137,9 @@ def _seed(recipe: Recipe) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _restore(engine: Any, recipe: Recipe, resume: bool, ranks: Ranks, feed: Feed | None) -> Progress:
+def _restore(
+    engine: Any, reference: Reference | None, recipe: Recipe, resume: bool, ranks: Ranks, feed: Feed | None
+) -> Progress:
     """The newest checkpoint's state (or the base model's), in a lineage that no trainer of this run has had."""
     payload = None
     if feed is not None:
@@ -143,6 +151,8 @@ def _restore(engine: Any, recipe: Recipe, resume: bool, ranks: Ranks, feed: Feed
     start = json.loads(ranks.broadcast(payload))
     if start["path"]:
         checkpoint.load(engine, Path(start["path"]), ranks)
+        if reference is not None:
+            reference.load(Path(start["path"]))
     log.info("lineage %d starts from %s", start["lineage"], start["path"] or recipe.model.path)
     return Progress(step=start["step"], lineage=start["lineage"])
 
@@ -226,10 +236,12 @@ def _note(
     )
 
 
-def _checkpoint(engine: Any, recipe: Recipe, progress: Progress, ranks: Ranks, feed: Feed | None) -> float:
+def _checkpoint(
+    engine: Any, reference: Reference | None, recipe: Recipe, progress: Progress, ranks: Ranks, feed: Feed | None
+) -> float:
     """Durable first, acknowledged then: a crash in between is mended by the ids in the checkpoint."""
     began = time.perf_counter()
-    checkpoint.save(engine, recipe.run.dir / "checkpoints", progress, recipe, ranks)
+    checkpoint.save(engine, recipe.run.dir / "checkpoints", progress, recipe, ranks, reference)
     if feed is not None:
         feed.ack(progress.unacknowledged, progress.lineage)
     progress.unacknowledged = []

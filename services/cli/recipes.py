@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from services import memory, recipe
+from services.algorithms import contradiction
 from services.recipe import Recipe, RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="Look at a recipe before it runs.")
@@ -35,17 +36,27 @@ def check_rewards(chosen: Recipe) -> None:
         raise RecipeError(message if message.startswith("rewards") else f"rewards: {message}") from error
 
 
+def doubts(chosen: Recipe) -> list[str]:
+    """What can run, and is hardly meant: a line for each."""
+    from reward_server.specs import named_spec
+
+    spec = chosen.spec or named_spec(str(chosen.rewards))
+    return [line for line in (contradiction(chosen.trainer.algorithm, spec.combine),) if line]
+
+
 def facts(chosen: Recipe) -> dict[str, object]:
     """What the recipe amounts to: sizes worth a look before a long run."""
     trainer, rollout = chosen.trainer, chosen.rollout
     return {
         "run": chosen.run.name,
         "model": chosen.model.path,
+        "algorithm": trainer.algorithm,
         "completions_per_step": trainer.groups_per_step * rollout.group_size,
         "prompts_in_all": trainer.steps * trainer.groups_per_step,
         "tokens_per_step_at_most": trainer.groups_per_step
         * rollout.group_size
         * (rollout.sampling.max_tokens + chosen.data.max_prompt_tokens),
+        "updates_per_step": trainer.updates,
         "requests_per_step": trainer.groups_per_step // rollout.groups_per_request,
         "max_staleness": chosen.pacing.max_staleness,
         "rewards": chosen.rewards if isinstance(chosen.rewards, str) else [term.key for term in chosen.rewards],
@@ -87,11 +98,11 @@ def check(
     data = Path(chosen.data.path)
     if data.suffix in (".jsonl", ".json", ".parquet") and not data.exists():
         raise RecipeError(f"data.path: no file {data}")
-    found = facts(chosen)
+    found, doubtful = facts(chosen), doubts(chosen)
     if gpu_gib is not None:
         found |= check_memory(chosen, gpu_gib)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps({**found, "doubts": doubtful}))
         return
     console = Console()
     console.print(f"[green]ok[/green] {recipe_path}", highlight=False)
@@ -99,6 +110,8 @@ def check(
         if isinstance(value, dict):
             value = ", ".join(f"{part} {size}" for part, size in value.items())
         console.print(f"  {key.replace('_', ' '):<24} {value}", highlight=False)
+    for line in doubtful:
+        console.print(f"[yellow]doubtful[/yellow] {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()

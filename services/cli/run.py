@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from services import logs, recipe
-from services.cli.recipes import check_rewards
+from services.cli.recipes import check_rewards, doubts
 from services.cli.watch import watch
 from services.http import StartupError
 from services.supervisor import die_with_parent
@@ -43,6 +43,8 @@ def up(recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = Fa
     logging.getLogger("services.supervisor").setLevel(logging.INFO)
     chosen = recipe.load(recipe_path, overrides)
     check_rewards(chosen)
+    for line in doubts(chosen):
+        log.warning(line)
     raise typer.Exit(run_recipe(chosen, resume, Console()))
 
 
