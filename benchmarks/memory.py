@@ -29,14 +29,14 @@ CASES = {
 def recipe_of(folder: Path, case: dict) -> dict:
     case = dict(case)
     model = {"path": str(folder / "model"), "dtype": case.pop("dtype", "float32"), "lora": case.pop("lora", None)}
-    trainer = {"steps": 2, "groups_per_step": 2, "kl_beta": 0.0, "micro_batch_tokens": 1024, "device": "cpu"}
+    trainer = {"steps": 2, "groups_per_step": 2, "kl_beta": 0.0, "micro_batch_tokens": 512, "device": "cpu"}
     return {
         "run": {"name": "memory", "dir": str(folder / "run")},
         "model": model,
         "data": {"path": "unused.jsonl", "fields": {"prompt": "p"}, "max_prompt_tokens": 64},
-        "rollout": {"sampling": {"max_tokens": 448}},
+        "rollout": {"sampling": {"max_tokens": 192}},
         "rewards": "intuitor",
-        "trainer": {**trainer, "threads": 2, **case},
+        "trainer": {**trainer, "threads": 1, **case},
     }
 
 
@@ -61,13 +61,14 @@ def measure(tree: dict) -> int:
     from services import memory, recipe
     from trainer import engine as engines
     from trainer import policy as policies
+    from trainer import reference as references
     from trainer.batch import Sequences
     from trainer.ranks import join
     from trainer.step import train_step
 
     chosen = recipe.parse(tree)
     rng = np.random.default_rng(0)
-    lengths = np.full(2, 512, "<i4")
+    lengths = np.full(2, 256, "<i4")
     before, most, over = held(), [0], threading.Event()
 
     def watch() -> None:
@@ -78,14 +79,18 @@ def measure(tree: dict) -> int:
         policy = policies.load(chosen.model, chosen.trainer.gradient_checkpointing)
         policy.head.tile_elements = memory.TILE
         engine = engines.start(policy, chosen, ranks)
-        reference = engines.start_reference(engine, chosen, ranks)
+        reference = references.start(chosen, ranks, policy)
         watcher = threading.Thread(target=watch)
         watcher.start()
         for step in range(2):
-            tokens = rng.integers(0, 16000, 2 * 512).astype("<i4")
+            tokens = rng.integers(0, 16000, 2 * 256).astype("<i4")
             given = {"prompts": lengths // 16, "completions": lengths - lengths // 16}
             logprobs = np.full(int(given["completions"].sum()), -10, "<f4")
-            numbers = {"advantages": np.ones(2, "<f4"), "temperatures": np.ones(2, "<f4")}
+            numbers = {
+                "advantages": np.ones(2, "<f4"),
+                "temperatures": np.ones(2, "<f4"),
+                "groups": np.arange(2, dtype="<i4"),
+            }
             batch = Sequences(tokens=tokens, logprobs=logprobs, **given, **numbers)
             train_step(engine, reference, batch, step, chosen.trainer, ranks)
         over.set()

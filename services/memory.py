@@ -201,6 +201,9 @@ def remedies(recipe: Recipe, limit: int, model: Shape) -> list[tuple[str, Need]]
             break
         found = need(parse(tree, [*overrides, override]), model)
         if found.total < least.total:
+            if done and done[-1][0].split("=")[0] == override.split("=")[0]:
+                # A smaller value of the same key: the last one says it all.
+                done.pop()
             overrides.append(override)
             least = found
             done.append((override, found))
