@@ -29,14 +29,14 @@ CASES = {
 def recipe_of(folder: Path, case: dict) -> dict:
     case = dict(case)
     model = {"path": str(folder / "model"), "dtype": case.pop("dtype", "float32"), "lora": case.pop("lora", None)}
-    trainer = {"steps": 2, "groups_per_step": 2, "kl_beta": 0.0, "micro_batch_tokens": 1024, "device": "cpu"}
+    trainer = {"steps": 2, "groups_per_step": 2, "kl_beta": 0.0, "micro_batch_tokens": 512, "device": "cpu"}
     return {
         "run": {"name": "memory", "dir": str(folder / "run")},
         "model": model,
         "data": {"path": "unused.jsonl", "fields": {"prompt": "p"}, "max_prompt_tokens": 64},
-        "rollout": {"sampling": {"max_tokens": 448}},
+        "rollout": {"sampling": {"max_tokens": 192}},
         "rewards": "intuitor",
-        "trainer": {**trainer, "threads": 2, **case},
+        "trainer": {**trainer, "threads": 1, **case},
     }
 
 
@@ -68,25 +68,29 @@ def measure(tree: dict) -> int:
 
     chosen = recipe.parse(tree)
     rng = np.random.default_rng(0)
-    lengths = np.full(2, 512, "<i4")
+    lengths = np.full(2, 256, "<i4")
     before, most, over = held(), [0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.002):
+        while not over.wait(0.01):
             most[0] = max(most[0], held())
 
     with join(chosen.trainer) as ranks:
         policy = policies.load(chosen.model, chosen.trainer.gradient_checkpointing)
         policy.head.tile_elements = memory.TILE
         engine = engines.start(policy, chosen, ranks)
-        reference = references.start(engine, chosen, ranks)
+        reference = references.start(chosen, ranks, policy)
         watcher = threading.Thread(target=watch)
         watcher.start()
         for step in range(2):
-            tokens = rng.integers(0, 16000, 2 * 512).astype("<i4")
+            tokens = rng.integers(0, 16000, 2 * 256).astype("<i4")
             given = {"prompts": lengths // 16, "completions": lengths - lengths // 16}
             logprobs = np.full(int(given["completions"].sum()), -10, "<f4")
-            numbers = {"advantages": np.ones(2, "<f4"), "temperatures": np.ones(2, "<f4")}
+            numbers = {
+                "advantages": np.ones(2, "<f4"),
+                "temperatures": np.ones(2, "<f4"),
+                "groups": np.arange(2, dtype="<i4"),
+            }
             batch = Sequences(tokens=tokens, logprobs=logprobs, **given, **numbers)
             train_step(engine, reference, batch, step, chosen.trainer, ranks)
         over.set()

@@ -7,7 +7,8 @@ Each arm runs in processes of its own; rounds of all arms follow each other, so 
 all of them. A step is everything from sampling to updated weights. rlif carries groups over HTTP and redis and
 publishes its weights; with `length` it does no more than TRL does, whose reward is the text's length too; with
 self-certainty it also scores with a model of its own. Reported: median seconds of a step after the first `--warmup`
-ones, over all rounds, its phases, and the tokens generated in a step, which must agree.
+ones, over all rounds, its phases, the CPU time of all processes together (on a machine with other work the steadier
+figure, with `--threads 1`), and the tokens generated in a step, which must agree.
 """
 
 import argparse
@@ -17,7 +18,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -29,7 +33,7 @@ ARMS = {
     "rlif, self-certainty, max_staleness 1": {"rewards": "self_certainty", "staleness": 1},
 }
 Steps = list[dict[str, float]]
-"""Of each step: seconds by phase, `total`, and `tokens` generated."""
+"""Of each step: seconds by phase, `total`, `cpu` of all processes, and `tokens` generated."""
 
 
 def make_inputs(folder: Path, prompt_tokens: int) -> None:
@@ -75,9 +79,32 @@ def run_rlif(folder: Path, number: int, steps: int, threads: int, arm: dict) -> 
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(rlif_recipe(folder, run, steps, threads, **arm)))
     command = [sys.executable, "-m", "services.cli.main", "up", str(path)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    used: list[float] = []
+    while process.poll() is None:
+        file = run / "steps.jsonl"
+        lines = file.read_text().count("\n") if file.exists() else 0
+        used += [cpu_seconds(process)] * (lines - len(used))
+        time.sleep(0.02)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     records = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
-    return [{**record["seconds"], "tokens": record["completion_tokens"]} for record in records[1:]]
+    cpu = [later - earlier for earlier, later in zip(used, used[1:], strict=False)]
+    return [
+        {**record["seconds"], "tokens": record["completion_tokens"], "cpu": seconds}
+        for record, seconds in zip(records[1:], cpu, strict=False)
+    ]
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """What a process and all below it have computed so far."""
+    total = 0.0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            total += sum(one.cpu_times()[:2])
+        except psutil.NoSuchProcess:
+            pass
+    return total
 
 
 TRL_ARM = """
@@ -93,7 +120,7 @@ torch.set_num_threads(threads)
 model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(folder / "model")
 rows = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
-done, phases, last = [], {}, time.perf_counter()
+done, phases, last, used = [], {}, time.perf_counter(), time.process_time()
 
 def timed(owner, name, phase):
     call = getattr(owner, name)
@@ -107,10 +134,10 @@ def timed(owner, name, phase):
 
 class Clock(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
-        global last
-        now = time.perf_counter()
-        done.append({**phases, "total": now - last})
-        last = now
+        global last, used
+        now, cpu = time.perf_counter(), time.process_time()
+        done.append({**phases, "total": now - last, "cpu": cpu - used})
+        last, used = now, cpu
         phases.clear()
 
 def reward(completion_ids, completions, **_):
@@ -146,10 +173,12 @@ def report(steps: dict[str, Steps]) -> None:
         return statistics.median(step.get(phase, 0.0) for step in steps[arm])
 
     for arm in steps:
-        ratio = median(arm, "total") / median("TRL GRPOTrainer", "total")
-        print(f"  {arm:<38} {median(arm, 'total'):6.2f} s a step   {ratio:5.2f} of TRL's")
+        total, cpu = median(arm, "total"), median(arm, "cpu")
+        ratios = [total / median("TRL GRPOTrainer", "total"), cpu / median("TRL GRPOTrainer", "cpu")]
+        times = f"{total:6.2f} s a step, {cpu:6.2f} s of CPU"
+        print(f"  {arm:<38} {times}   {ratios[0]:5.2f} and {ratios[1]:5.2f} of TRL's")
     for arm, measured in steps.items():
-        phases = [phase for phase in measured[-1] if phase not in ("total", "tokens")]
+        phases = [phase for phase in measured[-1] if phase not in ("total", "tokens", "cpu")]
         parts = ", ".join(f"{phase} {median(arm, phase):.2f}" for phase in phases)
         print(f"  {arm:<38} {parts}; {median(arm, 'tokens'):.0f} tokens generated")
 

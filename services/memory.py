@@ -158,6 +158,9 @@ def need(recipe: Recipe, model: Shape) -> Need:
     if stage == 3:
         buffers += size * min(LIVE, whole)
     reference = size * share(whole, 3) if trainer.kl_beta > 0 and lora is None else 0
+    if trainer.reference.offload:
+        # Below stage 3 it visits the GPU as a whole, before the first backward pass.
+        reference = 0
     tokens, in_loss = _tokens(recipe)
     head = 3 * 4 * min(TILE, in_loss * model.vocab) + 2 * (size + 4) * in_loss * model.hidden
     if lora is None:
@@ -198,6 +201,9 @@ def remedies(recipe: Recipe, limit: int, model: Shape) -> list[tuple[str, Need]]
             break
         found = need(parse(tree, [*overrides, override]), model)
         if found.total < least.total:
+            if done and done[-1][0].split("=")[0] == override.split("=")[0]:
+                # A smaller value of the same key: the last one says it all.
+                done.pop()
             overrides.append(override)
             least = found
             done.append((override, found))

@@ -49,7 +49,7 @@ class Lora(Section):
     """Low-rank adapters of `rank` on the layers that `targets` name; their product counts `alpha` / `rank` times."""
 
     rank: int = Field(16, ge=1, le=1024)
-    alpha: float = Field(32, gt=0)
+    alpha: int = Field(32, ge=1)
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
     )

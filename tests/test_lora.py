@@ -2,12 +2,15 @@
 
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from objective_oracle import loss as plain_loss
+from plain_trainer import oracle_sequence
 from safetensors.torch import load_file
-from scored_groups import make_groups, objective
+from scored_groups import make_groups, trained_pairs
 from test_trainer import ENVIRONMENT, command, make_recipe
 from torch.func import functional_call
 
@@ -75,10 +78,19 @@ def oracle(tiny_model, tmp_path_factory):
         }
         return {**own, **changed}
 
+    def call(now, **given):
+        return functional_call(model, now, kwargs=given)
+
     losses = []
     for step, groups in enumerate(batches()):
-        now = weights()
-        loss = objective(lambda now=now, **given: functional_call(model, now, kwargs=given), model, groups, settings)
+        changed = partial(call, weights())
+        loss = plain_loss(
+            [
+                oracle_sequence(changed, model, group, completion, score.advantage, None, settings)
+                for group, completion, score in trained_pairs(groups)
+            ],
+            settings,
+        )
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         optimizer.zero_grad()
         loss.backward()

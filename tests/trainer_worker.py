@@ -30,7 +30,7 @@ def run(case: dict, ranks: rank_groups.Ranks) -> None:
     if case.get("tile_elements"):
         policy.head.tile_elements = case["tile_elements"]
     engine = engines.start(policy, settings, ranks)
-    reference = references.start(engine, settings, ranks)
+    reference = references.start(settings, ranks, policy)
     results = []
     for step, batch in enumerate(case["batches"]):
         groups = [codec.unpack_as(ScoredGroup, bytes.fromhex(text)) for text in batch]

@@ -150,8 +150,8 @@ class MicroBatch:
     """One forward: a packed row, T completion tokens to be trained on in all.
 
     `positions` int64 [T], into the row: where the logits that produced a token stand (one before it); `targets` int64
-    [T]; `segments` int64 [T], the number of a token's sequence; `rollout`, `advantages`, `temperatures`, `weights`
-    float32 [T]. A weight is 0 only for the filler of an empty micro-batch.
+    [T]; `segments` int64 [T], which of the micro-batch's sequences a token is of, from 0; `rollout`, `advantages`,
+    `temperatures`, `weights` float32 [T]. A weight is 0 only for the filler of an empty micro-batch.
     """
 
     packed: Packed
@@ -170,8 +170,8 @@ class MicroBatch:
 def micro_batch(
     batch: Sequences, indices: np.ndarray, aggregation: Aggregation, constant: int | None = None
 ) -> MicroBatch:
-    """The sequences at `indices` as tensors, on the CPU, token by token in that order; neighbours with the same prompt
-    share it. Weights are those of the whole of `batch`. Without indices: one two-token row of weight 0."""
+    """The sequences at `indices` as tensors, on the CPU, token by token in that order, with the weights they have in
+    all of `batch`; neighbours with the same prompt share it. Without indices: one two-token row of weight 0."""
     if len(indices) == 0:
         none = torch.zeros(1)
         at = torch.zeros(1, dtype=torch.long)

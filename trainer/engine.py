@@ -22,6 +22,8 @@ def check(recipe: Recipe) -> None:
             "trainer.zero_stage: 0 does not go with model.dtype bfloat16 (DeepSpeed's Adam then starts a step "
             "ahead); use zero_stage 1, 2 or 3, or model.dtype float32"
         )
+    if recipe.model.lora is not None and recipe.trainer.kl_beta > 0 and recipe.trainer.reference.kind == "ema":
+        raise RecipeError("trainer.reference.kind: ema does not go with model.lora, whose reference is the base model")
     offload, stage = recipe.trainer.offload, recipe.trainer.zero_stage
     if offload.optimizer and stage == 0:
         raise RecipeError("trainer.offload.optimizer: true needs trainer.zero_stage 1, 2 or 3 (it is 0)")
@@ -78,8 +80,10 @@ def learning_rate(step: int, settings: Trainer) -> float:
 
 
 def start(policy: Policy, recipe: Recipe, ranks: Ranks) -> Any:
-    """The DeepSpeed engine that trains `policy`: a module called like it, with backward() and step()."""
-    deepspeed = _deepspeed()
+    """The DeepSpeed engine that trains `policy`: a module called like it, with backward() and step().
+
+    Raises RecipeError for offload where there is no GPU.
+    """
     trainer, cuda = recipe.trainer, ranks.device.type == "cuda"
     if not cuda and (trainer.offload.optimizer or trainer.offload.parameters):
         raise RecipeError("trainer.offload: the ranks are on the CPU, there is nothing to offload to; leave it out")
@@ -100,7 +104,7 @@ def start(policy: Policy, recipe: Recipe, ranks: Ranks) -> Any:
     )
     _share_head(policy, recipe)
     settings = config(recipe, sum(p.numel() for p in learned), cuda)
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
+    engine, *_ = _deepspeed().initialize(model=policy, optimizer=optimizer, config=settings)
     return engine
 
 

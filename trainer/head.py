@@ -79,7 +79,6 @@ class _Head(torch.autograd.Function):
         of_hidden = torch.zeros_like(hidden, dtype=torch.float32) if hidden_wanted else None
         of_weight = torch.zeros_like(weight) if weight_wanted else None
         of_bias = torch.zeros_like(bias) if bias_wanted else None
-        rows = torch.arange(len(hidden), device=hidden.device)
         for start in range(0, ctx.vocab_size, ctx.columns):
             stop = min(start + ctx.columns, ctx.vocab_size)
             logits = _logits(hidden, weight, bias, temperatures, start, stop)
@@ -92,7 +91,8 @@ class _Head(torch.autograd.Function):
             gradient *= logprobs.exp_()
             if by_logprob is not None:
                 inside = (targets >= start) & (targets < stop)
-                gradient[rows[inside], targets[inside] - start] += by_logprob[inside]
+                at = (targets - start).clamp(0, stop - start - 1)[:, None]
+                gradient.scatter_(1, at, gradient.gather(1, at) + (by_logprob * inside)[:, None])
             gradient = gradient.div_(temperatures[:, None]).to(dtype)
             if of_hidden is not None:
                 of_hidden += gradient @ weight[start:stop].to(dtype)

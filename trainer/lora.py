@@ -78,5 +78,8 @@ def merge(tensors: dict[str, Any], settings: Lora) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if (own := plain(name)) is not None:
             parts = family(name)
-            result[own] = tensor if parts is None else merged(*(tensors[part] for part in parts), settings)
+            if parts is not None:
+                weight, down, up = (tensors[part] for part in parts)
+                tensor = merged(weight, down, up, settings)
+            result[own] = tensor
     return result

@@ -6,7 +6,7 @@ itself. Everything but attention works token by token and need not know.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -77,8 +77,10 @@ class Packed:
                 start += length
         lengths = [len(each) for each in keys]
         device = self.input_ids.device
-        starts = [torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (queries, lengths)]
-        return Varlen(*starts, torch.cat(keys).to(device), max(queries), max(lengths))
+        query_starts, key_starts = (
+            torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (queries, lengths)
+        )
+        return Varlen(query_starts, key_starts, torch.cat(keys).to(device), max(queries), max(lengths))
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """For models that cannot take it packed: padded rows [N, W], one a completion (one a family without any), and
@@ -115,7 +117,7 @@ def attention_sdpa(
     """
     assert packed is not None
     _refuse(module, rest)
-    grouped = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     done, start = [], 0
     for family in packed.families:
         q, k, v = (x[:, :, start : start + family.size] for x in (query, key, value))
@@ -123,11 +125,10 @@ def attention_sdpa(
         lengths = [length for length in family.completions if length]
         if len(lengths) <= 1:
             # Alone with its prompt a completion is a sequence like any other.
-            done.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **grouped))
+            done.append(attend(q, k, v, is_causal=True))
             continue
         prompt = family.prompt
-        first = (x[:, :, :prompt] for x in (q, k, v))
-        done.append(F.scaled_dot_product_attention(*first, is_causal=True, **grouped))
+        done.append(attend(q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], is_causal=True))
         q = _side_by_side(q[:, :, prompt:], lengths)
         k, v = (
             torch.cat([x[:, :, :prompt].expand(len(lengths), -1, -1, -1), _side_by_side(x[:, :, prompt:], lengths)], 2)
@@ -135,7 +136,7 @@ def attention_sdpa(
         )
         shape = (q.shape[2], k.shape[2])
         seen = torch.ones(shape, dtype=torch.bool, device=q.device).tril(prompt)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **grouped)
+        out = attend(q, k, v, attn_mask=seen)
         done.append(torch.cat([row[:, :length] for row, length in zip(out, lengths, strict=True)], 1)[None])
     return torch.cat(done, 2).transpose(1, 2), None
 

@@ -152,7 +152,11 @@ def tensors(policy: Policy, partitioned: bool, adapters: Lora | None = None) -> 
         if own is None:
             continue
         whole = _whole([parameters[part] for part in parts or (name,)], partitioned)
-        yield own, whole[0] if parts is None or adapters is None else lora.merged(*whole, adapters)
+        if parts is not None and adapters is not None:
+            weight, down, up = whole
+            yield own, lora.merged(weight, down, up, adapters)
+        else:
+            yield own, whole[0]
     persistent = model.state_dict(keep_vars=True).keys()
     for name, buffer in model.named_buffers():
         if name in persistent:

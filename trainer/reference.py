@@ -72,14 +72,14 @@ class Reference:
             own.data.copy_(self.average[name])
 
 
-def start(engine: Any, recipe: Recipe, ranks: Ranks) -> Reference | None:
-    """The reference of a recipe whose policy `engine` trains, ready on this rank; none without a KL term. Where only
-    adapters are trained, it is the trained model with these switched off."""
+def start(recipe: Recipe, ranks: Ranks, trained: Policy) -> Reference | None:
+    """The reference of a recipe, ready on this rank; none without a KL term. Where only adapters are trained, it is
+    the `trained` model with these switched off."""
     trainer = recipe.trainer
     if trainer.kl_beta == 0:
         return None
     if recipe.model.lora is not None:
-        return Reference(policies.WithoutAdapters(engine.module))
+        return Reference(policies.WithoutAdapters(trained))
     base = policies.reference(recipe.model)
     decay = trainer.reference.decay if trainer.reference.kind == "ema" else None
     if trainer.zero_stage == 3 or not trainer.reference.offload:

@@ -86,7 +86,7 @@ def _train(
     model = recipe.model.model_copy(update={"path": start.model, "revision": None}) if start.model else recipe.model
     trained = policy.load(model, trainer.gradient_checkpointing)
     engine = engines.start(trained, recipe, ranks)
-    reference = references.start(engine, recipe, ranks)
+    reference = references.start(recipe, ranks, trained)
     progress = starts.restore(engine, reference, recipe, start, ranks, feed)
     first = progress.step
     waits.over("model")
