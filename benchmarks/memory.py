@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py
 
-Each case trains a random Qwen2 (23M parameters) for two steps in a process of its own, with a GPU's LM-head tile. Its
+Each case trains a random Qwen2 (29M parameters) for two steps in a process of its own, with a GPU's LM-head tile. Its
 memory is the largest `RssAnon` after the imports' is taken off; the estimate is without CUDA's allowance.
 """
 
