@@ -47,9 +47,11 @@ def test_a_signal_that_falls_out_while_the_reward_holds_is_caught_in_three_steps
 def test_a_reward_that_falls_too_is_no_collapse_but_a_limit_counts_by_itself():
     rng = random.Random(2)
     rows = [noisy(rng, step, 0.05) for step in range(1, 21)]
-    rows += [noisy(rng, step, 0.05, reward=0.2, length=4.0, kl=9.0) for step in range(21, 31)]
-    alarms, _ = judged(rows)
+    rows += [noisy(rng, step, 0.05, reward=0.2, length=4.0, kl=9.0) for step in range(21, 41)]
+    alarms, judge = judged(rows[:26])
     assert [(alarm.signal, alarm.is_limit, alarm.since) for alarm in alarms] == [("kl", True, 21)]
+    # A reward that came to rest on what is left of the policy holds.
+    assert [alarm.signal for row in rows[26:] for alarm in judge.look(row)] == ["length"]
     assert str(alarms[0]).endswith("(a limit by itself)") and "above 5 since step 21" in str(alarms[0])
 
 

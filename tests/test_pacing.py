@@ -117,4 +117,4 @@ def test_a_straggler_holds_admission_back():
 @given(paces, st.integers(0, 200), st.integers(0, 5), st.integers(0, 5))
 def test_what_is_admitted_may_be_made_by_the_version_that_admitted_it(pace, index, version, dead):
     if index < pace.capacity(version, None, dead):
-        assert pace.required_step(index, dead_below=dead) <= version
+        assert pace.required_step(index, gone_below=dead) <= version

@@ -22,7 +22,7 @@ PER_STEP = ("length", "distinct", "entropy", "stopped", "answers", "kl")
 TO_SIGMA = 1.4826
 """From the median absolute deviation of Gaussian noise to its standard deviation."""
 REWARD_SPREADS, REWARD_SLACK = 2.0, 0.05
-"""The reward holds unless its recent median is below the baseline's by more than so many spreads, and this share."""
+"""The reward holds unless its recent median is lower by more than so many spreads of the baseline, and this share."""
 EVALUATIONS = 2
 """Evaluations give few values: the first two are the baseline, and two in a row are an alarm."""
 
@@ -134,7 +134,7 @@ class Judge:
     def __init__(self, guard: Guard):
         self.guard = guard
         self.rewards: list[float] = []
-        self.recent: deque[float] = deque(maxlen=guard.window)
+        self.recent: deque[float] = deque(maxlen=2 * guard.window)
         self.series: dict[str, Series] = {}
         for name in PER_STEP:
             band = getattr(guard.bands, name)
@@ -160,12 +160,16 @@ class Judge:
 
     @property
     def reward_holds(self) -> bool:
-        """Whether the reward is not well below where it began; no before there is a baseline."""
+        """Whether the reward is not well below where it began, or where it was a window ago: one that fell with the
+        policy and is rising on it, or at rest, holds too. No before there is a baseline."""
         if len(self.rewards) < self.guard.baseline:
             return False
         usual = Baseline.of(self.rewards)
         slack = max(REWARD_SPREADS * usual.spread, REWARD_SLACK * abs(usual.centre))
-        return median(self.recent) >= usual.centre - slack
+        rewards, window = list(self.recent), self.guard.window
+        before = rewards[:-window]
+        floor = min(usual.centre, median(before)) if len(before) == window else usual.centre
+        return median(rewards[-window:]) >= floor - slack
 
     @property
     def raised(self) -> list[Alarm]:

@@ -23,7 +23,7 @@ from services.redis import insist
 
 log = logging.getLogger(__name__)
 
-RAISED = Gauge("rlif_guard_alarm", "1 while the signal is out of its band", ["signal"])
+RAISED = Gauge("rlif_guard_alarm", "Whether the signal has an alarm that is not over: 1 or 0", ["signal"])
 ALARMS = Counter("rlif_guard_alarms_total", "Alarms raised", ["signal"])
 ACTIONS = Counter("rlif_guard_actions_total", "Orders given to the trainer after an alarm", ["action"])
 RATIO = Gauge("rlif_guard_baseline_ratio", "The signal's last value over that of the first steps", ["signal"])
