@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import resource
-import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -36,6 +35,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import codec, traces
+from services.address import listen
 from services.body import SMALL, NotPlain, TooMuch, read_json, read_msgpack
 from services.problem import Problem, field_name, problem_response, validation_problem
 from services.request import request_id
@@ -442,19 +442,6 @@ def _noting_refusal(lifespan: Callable) -> Callable:
             raise
 
     return noted
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket (port 0: any free one). Raises StartupError when the address is taken or not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return bound
 
 
 def _raise_open_files() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from services import http
+from services.address import listen
 from services.startup import StartupError
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def serving_status(
             return status()
 
     try:
-        bound = http.listen(host, port)
+        bound = listen(host, port)
     except StartupError as error:
         raise StartupError(f"tracking.metrics_port: the {service} {error}") from error
     # In a thread uvicorn leaves the process's signals alone.

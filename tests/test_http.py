@@ -10,13 +10,13 @@ from fastapi import Request
 from served import served
 
 from services import codec
+from services.address import listen
 from services.api import ScoreItem, ScoreRequest
 from services.http import (
     HttpSettings,
     Problem,
     StartupError,
     create_app,
-    listen,
     remaining_seconds,
     require_admin,
     settings_from_environment,

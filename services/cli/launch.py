@@ -4,13 +4,13 @@ import fcntl
 import logging
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from services import recipe as recipes
+from services.address import free_port
 from services.recipe import Recipe
 from services.startup import StartupError
 from services.steps import traces_of_training
@@ -19,12 +19,6 @@ from services.supervisor import Service
 log = logging.getLogger(__name__)
 
 RLIF = [sys.executable, "-m", "services.cli.main"]
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def environment(recipe: Recipe, threads: int | None, gpus: Sequence[int | str] | None = None) -> dict[str, str]:
@@ -53,12 +47,7 @@ def _server(kind: str, number: int, port: int, resolved: Path, env: dict[str, st
 
 
 def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
-    ranks = recipe.trainer.ranks
-    if ranks == 1:
-        argv = [*RLIF, "train", str(resolved)]
-    else:
-        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        argv += ["-m", "services.cli.main", "train", str(resolved)]
+    argv = [*RLIF, "train", str(resolved)]
     restart_args = ["--resume"]
     if resume:
         argv, restart_args = argv + restart_args, []

@@ -175,7 +175,7 @@ class TestRealSlurm:
             for process in psutil.process_iter(["cmdline"])
             if str(tmp_path / "run") in " ".join(process.info["cmdline"] or [])
             and "train" in process.info["cmdline"]
-            and "services.launch.torchrun" not in process.info["cmdline"]
+            and "--node-rank" not in process.info["cmdline"]  # their launchers
         ]
         assert len(ranks) == 2
         ranks[0].send_signal(signal.SIGKILL)
