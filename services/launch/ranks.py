@@ -266,14 +266,14 @@ def _gather(here: Place, stops: list[int], ends: float) -> dict[int, socket.sock
                 peers.pop(node).close()  # none of them speaks yet: it has ended
             if select.select([listener], [], [], TICK_SECONDS)[0]:
                 peer, _ = listener.accept()
-                node = _admit(peer, here, stops)
-                if node is None:
+                found = _admit(peer, here, stops)
+                if found is None:
                     peer.close()
                     continue
-                if node in peers:
-                    peers[node].close()
-                peers[node] = _kept_alive(peer)
-                log.info("the launcher of node %d is here", node)
+                if found in peers:
+                    peers[found].close()
+                peers[found] = _kept_alive(peer)
+                log.info("the launcher of node %d is here", found)
     return peers
 
 
