@@ -236,7 +236,8 @@ class EmbeddedRedis:
 
     def __init__(self, directory: Path, socket_path: Path | None = None):
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.chmod(0o700)
         self.socket_path = Path(socket_path) if socket_path else default_socket(self.directory)
         if len(str(self.socket_path)) > LONGEST_SOCKET_PATH:
             raise ValueError(f"socket {self.socket_path}: at most {LONGEST_SOCKET_PATH} characters")

@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 
 from services import logs, recipe
-from services.cli.launch import RLIF, only_one, plan, prepare_run_dir
+from services.cli.launch import RLIF, plan
 from services.cli.recipes import check_rewards
 from services.cli.watch import watch
 from services.model_folder import check_local
+from services.run_folder import only_one, prepare
 from services.startup import StartupError
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
     from services.cli.progress import Progress
     from services.supervisor import supervise
 
-    prepare_run_dir(chosen, resume)
+    prepare(chosen, resume)
     with only_one(chosen.run.dir):
         check_local(chosen.model.path, "model.path")  # sooner than the servers would
         services, filled = plan(chosen, resume)

@@ -9,7 +9,7 @@ import os
 import secrets
 from pathlib import Path
 
-from services.cli.launch import write_private
+from services.run_folder import check_own, private_folder, write_private
 from services.startup import StartupError
 
 NAMES = ("RLIF_API_TOKEN", "RLIF_ADMIN_TOKEN", "RLIF_REDIS_URL")
@@ -21,12 +21,13 @@ def _file(run_dir: Path) -> Path:
 
 
 def write(run_dir: Path) -> None:
-    """Raises StartupError when the file cannot be written."""
+    """Raises StartupError: the file cannot be written, or others may write where it lies."""
     found = {name: os.environ[name] for name in NAMES if os.environ.get(name)}
     made = {name: secrets.token_urlsafe(32) for name in ("RLIF_API_TOKEN", "RLIF_ADMIN_TOKEN", PASSWORD)}
     path = _file(run_dir)
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        check_own(run_dir)
+        private_folder(path.parent)
         write_private(path, json.dumps({**made, **found}))
     except OSError as error:
         raise StartupError(f"run.dir: cannot write {path}: {error.strerror}") from error

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.address import bound, free_port
-from services.cli.launch import RLIF, environment, write_private
+from services.cli.launch import RLIF, environment
 from services.launch.plan import Part, Plan
 from services.recipe import Recipe
 from services.redis import DURABLE, server_binary
+from services.run_folder import private_folder, write_private
 from services.startup import StartupError
 from services.supervisor import Service
 
@@ -83,7 +84,7 @@ class Workplace:
         file = directory / "redis.conf"
         try:
             binary = server_binary()
-            directory.mkdir(exist_ok=True)
+            private_folder(directory)
             write_private(file, "".join(f"{key} {value}\n" for key, value in settings.items()))
         except OSError as error:
             raise StartupError(f"run.dir: cannot write {file}: {error.strerror}") from error

@@ -149,7 +149,7 @@ def test_a_node_without_the_runs_folder_says_so(tmp_path):
 
 @pytest.mark.usefixtures("own_environment")
 def test_a_second_start_of_a_run_is_refused(tmp_path):
-    from services.cli.launch import only_one
+    from services.run_folder import only_one
 
     run_dir = filled(tmp_path, 2)
     with only_one(run_dir), pytest.raises(StartupError, match="another"):
