@@ -13,11 +13,10 @@ import json
 import logging
 import os
 import re
-import resource
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -34,7 +33,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services import codec, traces
+from services import codec, connections, traces
 from services.address import listen
 from services.body import SMALL, NotPlain, TooMuch, read_json, read_msgpack
 from services.problem import Problem, field_name, problem_response, validation_problem
@@ -444,22 +443,20 @@ def _noting_refusal(lifespan: Callable) -> Callable:
     return noted
 
 
-def _raise_open_files() -> None:
-    """Shells often allow 1024 open files of the many more that the system would: too few for a batch of callers."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # where the system says `unlimited` and means less
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
 def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
     """Serve until SIGTERM or SIGINT, then finish running requests for at most `drain_seconds`.
 
     Raises StartupError when the port is busy or the app's start-up failed.
     """
-    _raise_open_files()
     bound = listen(host, port)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=75
+        app,
+        http=connections.protocol(connections.raise_open_files()),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=drain_seconds,
+        timeout_keep_alive=75,
     )
     server = uvicorn.Server(config)
     log.info("listening on http://%s:%d", host, bound.getsockname()[1])

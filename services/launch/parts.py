@@ -103,7 +103,7 @@ class Workplace:
         rewards = self.recipe.scorer.urls or self.servers("reward").values()
         argv = [*RLIF, "orchestrate", str(self.recipe_path)]
         argv += [f"rollout.urls=[{', '.join(rollouts)}]", f"scorer.urls=[{', '.join(rewards)}]"]
-        return Service(part.name, argv, may_finish=True)
+        return Service(part.name, argv, env={"RLIF_STATUS_HOST": bound(self.here.host)}, may_finish=True)
 
     def _trainer(self, part: Part) -> Service:
         first, first_part = next(self.plan.of("trainer"))
@@ -111,6 +111,7 @@ class Workplace:
         argv += ["--nodes", str(len(self.plan.trainer_nodes)), "--node-rank", str(part.number)]
         argv += ["--leader", self.nodes[first].address(first_part.name)]
         env = environment(self.recipe, self.recipe.trainer.threads, self._devices(part))
+        env["RLIF_STATUS_HOST"] = bound(self.here.host)
         return Service(
             part.name,
             argv,
