@@ -195,6 +195,12 @@ def test_trainer_ranks_find_each_other_by_the_names_of_indexed_pods():
     assert [rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][1:]] == [[143], [2]]
 
 
+def test_an_override_is_no_reference_to_a_variable():
+    found = render(merged(read("one-node"), {"overrides": ["run.seed=$(RLIF_REDIS_URL)", "run.seed=$$x"]}))
+    (container,) = job(found)["spec"]["template"]["spec"]["containers"]
+    assert container["args"][-2:] == ["run.seed=$$(RLIF_REDIS_URL)", "run.seed=$$$$x"]
+
+
 def test_one_rank_meets_nobody():
     (container,) = job(manifests("kind"))["spec"]["template"]["spec"]["containers"]
     assert "command" not in container
@@ -280,6 +286,11 @@ BAD = {
     "recipe.rollout.urls": ({"recipe": {"rollout": {"urls": ["http://x"]}}}, "recipe/rollout/urls"),
     "recipe.queue.url": ({"recipe": {"queue": {"url": "redis://:secret@x"}}}, "recipe/queue/url"),
     "overrides": ({"overrides": ["queue.url=redis://:secret@x"]}, "overrides/0"),
+    "overrides, a mapping": ({"overrides": ["queue={url: redis://:secret@x}"]}, "overrides/0"),
+    "dns": ({"networkPolicy": {"dns": []}}, "networkPolicy/dns"),
+    "prometheus": ({"networkPolicy": {"prometheus": []}}, "networkPolicy/prometheus"),
+    "hubPeers": ({"networkPolicy": {"hubPeers": []}}, "networkPolicy/hubPeers"),
+    "redisPorts": ({"networkPolicy": {"redisPorts": []}}, "networkPolicy/redisPorts"),
     "unknown": ({"trainers": {}}, "trainers"),
     "autoscaling.by": ({"rollout": {"autoscaling": {"by": "lag"}}}, "rollout/autoscaling/by"),
     "two recipes": ({"recipeFile": "run: {name: a}"}, "recipe, recipeFile"),
@@ -303,6 +314,10 @@ def test_bad_values_are_refused_by_name(bad):
         ({}, "recipe.run.name"),
         ({"recipeFile": "model: {}"}, "recipe.run.name"),
         ({"recipeFile": "run: ["}, "recipeFile"),
+        (
+            {"recipeFile": "run: {name: a}\nqueue: {url: redis://:secret@x}"},
+            "recipeFile: queue.url may hold a password",
+        ),
     ],
 )
 def test_a_missing_or_broken_recipe_is_refused_by_name(values, name):
