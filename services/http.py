@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -39,6 +40,7 @@ from services.body import SMALL, NotPlain, TooMuch, read_json, read_msgpack
 from services.problem import Problem, field_name, problem_response, validation_problem
 from services.request import request_id
 from services.startup import StartupError
+from services.supervisor import EXIT_FAILED
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ OPEN_FOLDER = "/static-offline-docs/"
 """Served without a token and outside the concurrency limit: probes and scrapers must get through a busy server."""
 ABANDONED = frozenset({"/v1/execute", "/v1/rewards", "/v1/score"})
 """Calls that only compute for their caller: they end when it closes the connection."""
+DEATH_SECONDS = 10.0
+"""For readiness probes to see why a process is about to end."""
 REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 
 REQUESTS = Counter("rlif_http_requests_total", "HTTP requests by route and status", ["service", "route", "status"])
@@ -375,10 +379,12 @@ def create_app(
     lifespan: Callable | None = None,
     description: str = "",
     pages: frozenset[str] = frozenset(),
+    death: Callable[[], str] = str,
 ) -> FastAPI:
     """An app with health, readiness, metrics and docs; add routes to it.
 
     `ready()` returns each dependency's state: "ok", or why it is not. It is called on every probe and must be quick.
+    `death()` says why the service can never work again, and is empty as long as it can: `serve` then ends the process.
     `pages`: paths for browsers, which send no bearer token of themselves. Their routes are called without one too, and
     answer for themselves what a caller may see; `scope["rlif.refusal"]` then holds the Problem.
     """
@@ -387,6 +393,7 @@ def create_app(
         title=f"rlif {service}", version=version, lifespan=noted, description=description, redoc_url=None
     )
     app.router.route_class = _NegotiatedRoute
+    app.state.death = death
     app.add_middleware(_Gate, service=service, settings=settings, pages=pages)
 
     @app.exception_handler(Problem)
@@ -446,8 +453,19 @@ def _noting_refusal(lifespan: Callable) -> Callable:
 def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
     """Serve until SIGTERM or SIGINT, then finish running requests for at most `drain_seconds`.
 
-    Raises StartupError when the port is busy or the app's start-up failed.
+    Raises StartupError when the port is busy or the app's start-up failed, and SystemExit (1) DEATH_SECONDS after what
+    the service stands on has died: only another process can serve again.
     """
+    died_at: float | None = None
+
+    async def look() -> None:
+        nonlocal died_at
+        if reason := app.state.death():
+            died_at = died_at or time.monotonic()
+            if time.monotonic() - died_at >= DEATH_SECONDS and not server.should_exit:
+                log.critical("the process ends: %s", reason)
+                server.should_exit = True
+
     bound = listen(host, port)
     config = uvicorn.Config(
         app,
@@ -457,6 +475,8 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
         access_log=False,
         timeout_graceful_shutdown=drain_seconds,
         timeout_keep_alive=75,
+        callback_notify=look,
+        timeout_notify=1,
     )
     server = uvicorn.Server(config)
     log.info("listening on http://%s:%d", host, bound.getsockname()[1])
@@ -469,5 +489,7 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
                 raise
     if hasattr(app.state, "refusal"):
         raise app.state.refusal
+    if died_at is not None:
+        sys.exit(EXIT_FAILED)
     if not server.started:
         raise StartupError("the service failed to start; the log above says why")
