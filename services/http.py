@@ -86,11 +86,14 @@ def is_loopback(host: str) -> bool:
 
 
 def settings_from_environment(host: str) -> HttpSettings:
-    """Tokens come from RLIF_API_TOKEN and RLIF_ADMIN_TOKEN alone. Raises StartupError: no token beyond loopback."""
+    """Tokens come from RLIF_API_TOKEN and RLIF_ADMIN_TOKEN alone. Raises StartupError: no token beyond loopback, or
+    one for both."""
     api_token = os.environ.get("RLIF_API_TOKEN") or None
     admin_token = os.environ.get("RLIF_ADMIN_TOKEN") or None
     if api_token is None and not is_loopback(host):
         raise StartupError(f"--host {host}: set RLIF_API_TOKEN to serve beyond this machine, or bind to 127.0.0.1")
+    if api_token is not None and api_token == admin_token:
+        raise StartupError("RLIF_ADMIN_TOKEN: is the same as RLIF_API_TOKEN, so that every caller could change state")
     return HttpSettings(host=host, api_token=api_token, admin_token=admin_token)
 
 
@@ -171,8 +174,17 @@ class _Gate:
         request_id.set(given if REQUEST_ID.match(given) else uuid.uuid4().hex)
         if _is_open(scope["path"]):
             return await self._handle(scope, headers, receive, send)
-        with traces.span(scope["method"], "server", parent=headers.get(traces.HEADER, "")):
+        parent = headers.get(traces.HEADER, "") if self._is_known(scope, headers) else ""
+        with traces.span(scope["method"], "server", parent=parent):
             await self._handle(scope, headers, receive, send)
+
+    def _is_known(self, scope: Scope, headers: Headers) -> bool:
+        """Whose word counts on which trace this belongs to, and whether it is kept."""
+        try:
+            self._authorise(scope, headers)
+        except Problem:
+            return False
+        return True
 
     async def _handle(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         started, status, finished = time.perf_counter(), 0, False

@@ -27,7 +27,10 @@ class Section(BaseModel):
 
 
 def _of_scheme(url: str, *schemes: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # its words quote the password
+        raise ValueError("not a URL; percent-encode what is special in the password") from None
     if parts.scheme not in schemes or not (parts.netloc or parts.path):
         raise ValueError(f"not a URL that starts with {' or '.join(f'{scheme}://' for scheme in schemes)}")
     return url

@@ -70,14 +70,17 @@ class DeadlineExceeded(Exception):
 def shown(url: str) -> str:
     """The URL without user, password and options, for logs and error messages."""
     scheme, _, rest = url.partition("://")
+    place, _, options = rest.partition("?")
+    if "@" in options:  # an option's value, or an unquoted password goes on: where the host is cannot be told
+        return f"{scheme}://..."
     # All up to the last @: a password with an unquoted / or # in it would otherwise be taken for the host.
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+    return f"{scheme}://{place.rpartition('@')[2]}"
 
 
 def _url_fault(url: str, error: Exception) -> ValueError:
     """Without the library's words where they quote what it took for the port: it may be half a password."""
     reason = str(error)
-    if "@" in url and "Port" in reason:
+    if "@" in url and ("Port" in reason or "netloc" in reason):
         reason = "host and port cannot be made out; percent-encode what is special in the password"
     return ValueError(f"redis url {shown(url)!r}: {reason}")
 
@@ -102,7 +105,9 @@ def _backoff() -> ExponentialWithJitterBackoff:
 def connect(url: str) -> AsyncRedis:
     """An asyncio client; connects on first use. Raises ValueError: the URL has no valid scheme or option."""
     try:
-        return AsyncRedis.from_url(url, retry=AsyncRetry(_backoff(), 2), **_options())
+        client = AsyncRedis.from_url(url, retry=AsyncRetry(_backoff(), 2), **_options())
+        _check_files(client)
+        return client
     except (ValueError, TypeError) as error:
         raise _url_fault(url, error) from None
 
@@ -110,9 +115,19 @@ def connect(url: str) -> AsyncRedis:
 def connect_sync(url: str) -> redis_py.Redis:
     """A blocking client; connects on first use. Raises ValueError: the URL has no valid scheme or option."""
     try:
-        return redis_py.Redis.from_url(url, retry=Retry(_backoff(), 2), **_options())
+        client = redis_py.Redis.from_url(url, retry=Retry(_backoff(), 2), **_options())
+        _check_files(client)
+        return client
     except (ValueError, TypeError) as error:
         raise _url_fault(url, error) from None
+
+
+def _check_files(client: Any) -> None:
+    """Raises StartupError: waiting brings no file of certificates."""
+    for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        path = client.connection_pool.connection_kwargs.get(option)
+        if path and not os.access(path, os.R_OK):
+            raise StartupError(f"redis url: {option}: {path} is no file that can be read")
 
 
 class _Patience:

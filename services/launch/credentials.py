@@ -41,3 +41,9 @@ def take(run_dir: Path) -> str:
         raise StartupError(f"run.dir: cannot read {_file(run_dir)}: {error.strerror}") from error
     os.environ.update({name: kept[name] for name in NAMES if name in kept})
     return kept[PASSWORD]
+
+
+def remove(run_dir: Path) -> None:
+    """Once training is done: nobody needs them any more, and folders of runs are copied and backed up."""
+    for path in (_file(run_dir), run_dir / "redis" / "redis.conf"):
+        path.unlink(missing_ok=True)

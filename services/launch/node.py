@@ -96,6 +96,8 @@ def run_node(
             log.info("node %s has met the others: %s", name, ", ".join(node.name for node in crew))
             return _work(board, Workplace(recipe, recipe_path, plan, crew, number, attempt, password), tick)
     except Ended as end:
+        if number == 0 and end.outcome.code == 0:
+            credentials.remove(recipe.run.dir)
         log.log(logging.INFO if end.outcome.code == 0 else logging.ERROR, "%s", end)
         return end.outcome.code
     except (StartupError, RecipeError) as error:

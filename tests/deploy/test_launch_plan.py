@@ -214,3 +214,11 @@ def test_gpus_are_dealt_by_the_names_the_scheduler_gives(tmp_path, monkeypatch):
 def test_a_node_named_by_number_listens_there_alone():
     assert [bound(host) for host in ("127.0.0.1", "10.1.2.3", "fe80::1")] == ["127.0.0.1", "10.1.2.3", "fe80::1"]
     assert bound("gpu-17.cluster") == "0.0.0.0"
+
+
+def test_secrets_go_when_training_is_done(tmp_path):
+    run_dir = filled(tmp_path, 1)
+    workplace(run_dir, 0, 1).services()
+    assert {path.name for path in run_dir.rglob("*") if path.name in ("credentials.json", "redis.conf")} != set()
+    credentials.remove(run_dir)
+    assert not (run_dir / "cluster" / "credentials.json").exists() and not (run_dir / "redis" / "redis.conf").exists()
