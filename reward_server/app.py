@@ -131,7 +131,9 @@ def create(settings: Settings) -> FastAPI:
                 await means.http.close()
             await specs.store.close()
 
-    app = create_app("reward", "0.1.0", settings.http, ready, lifespan, __doc__ or "", pages=page.PATHS)
+    app = create_app(
+        "reward", "0.1.0", settings.http, ready, lifespan, __doc__ or "", page.PATHS, service.death if service else str
+    )
     _add_reward_routes(app, settings, specs, means)
     _add_spec_routes(app, specs)
     _add_model_routes(app, settings, means)

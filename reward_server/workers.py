@@ -12,8 +12,10 @@ Limits: inside the process alarms on CPU time and on wall time (soft); outside t
 import asyncio
 import logging
 import os
+import re
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -91,6 +93,15 @@ class Died(Exception):
     """The process ended while it ran a check."""
 
 
+SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)|^(AWS|RLIF_REDIS)_", re.IGNORECASE)
+LOGIN = re.compile(r"://[^/]*@")
+
+
+def _plain(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what looks like a secret: a process that reads untrusted text has no use for one."""
+    return {name: text for name, text in environment.items() if not (SECRET.search(name) or LOGIN.search(text))}
+
+
 class _Process:
     def __init__(self, process: child.Child):
         assert process.stdin is not None and process.stdout is not None
@@ -100,7 +111,7 @@ class _Process:
     async def start(cls, memory_bytes: int) -> "_Process":
         # Not `-m`: the module would then exist twice in the child, and its exceptions with it.
         argv = [sys.executable, "-c", f"from reward_server.worker_process import main; main({memory_bytes})"]
-        return cls(await child.start(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        return cls(await child.start(argv, env={**_plain(os.environ), "OMP_NUM_THREADS": "1"}))
 
     async def exchange(self, request: dict[str, Any], hard_seconds: float) -> dict[str, Any]:
         """Raises TimeoutError at the hard limit and Died."""

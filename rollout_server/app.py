@@ -81,7 +81,7 @@ def create(settings: Settings) -> FastAPI:
     def ready() -> dict[str, str]:
         return {"engine": engine.state()} | ({"redis": follower.redis_state} if follower else {})
 
-    app = create_app("rollout", version("rlif"), settings.http, ready, lifespan, __doc__ or "")
+    app = create_app("rollout", version("rlif"), settings.http, ready, lifespan, __doc__ or "", death=engine.death)
     app.state.engine = engine
     _add_routes(app, engine, served)
     return app

@@ -13,12 +13,11 @@ import json
 import logging
 import os
 import re
-import resource
-import socket
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -35,11 +34,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services import codec, traces
+from services import codec, connections, traces
+from services.address import listen
 from services.body import SMALL, NotPlain, TooMuch, read_json, read_msgpack
 from services.problem import Problem, field_name, problem_response, validation_problem
 from services.request import request_id
 from services.startup import StartupError
+from services.supervisor import EXIT_FAILED
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ OPEN_FOLDER = "/static-offline-docs/"
 """Served without a token and outside the concurrency limit: probes and scrapers must get through a busy server."""
 ABANDONED = frozenset({"/v1/execute", "/v1/rewards", "/v1/score"})
 """Calls that only compute for their caller: they end when it closes the connection."""
+DEATH_SECONDS = 10.0
+"""For readiness probes to see why a process is about to end."""
 REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 
 REQUESTS = Counter("rlif_http_requests_total", "HTTP requests by route and status", ["service", "route", "status"])
@@ -83,11 +86,14 @@ def is_loopback(host: str) -> bool:
 
 
 def settings_from_environment(host: str) -> HttpSettings:
-    """Tokens come from RLIF_API_TOKEN and RLIF_ADMIN_TOKEN alone. Raises StartupError: no token beyond loopback."""
+    """Tokens come from RLIF_API_TOKEN and RLIF_ADMIN_TOKEN alone. Raises StartupError: no token beyond loopback, or
+    one for both."""
     api_token = os.environ.get("RLIF_API_TOKEN") or None
     admin_token = os.environ.get("RLIF_ADMIN_TOKEN") or None
     if api_token is None and not is_loopback(host):
         raise StartupError(f"--host {host}: set RLIF_API_TOKEN to serve beyond this machine, or bind to 127.0.0.1")
+    if api_token is not None and api_token == admin_token:
+        raise StartupError("RLIF_ADMIN_TOKEN: is the same as RLIF_API_TOKEN, so that every caller could change state")
     return HttpSettings(host=host, api_token=api_token, admin_token=admin_token)
 
 
@@ -168,8 +174,17 @@ class _Gate:
         request_id.set(given if REQUEST_ID.match(given) else uuid.uuid4().hex)
         if _is_open(scope["path"]):
             return await self._handle(scope, headers, receive, send)
-        with traces.span(scope["method"], "server", parent=headers.get(traces.HEADER, "")):
+        parent = headers.get(traces.HEADER, "") if self._is_known(scope, headers) else ""
+        with traces.span(scope["method"], "server", parent=parent):
             await self._handle(scope, headers, receive, send)
+
+    def _is_known(self, scope: Scope, headers: Headers) -> bool:
+        """Whose word counts on which trace this belongs to, and whether it is kept."""
+        try:
+            self._authorise(scope, headers)
+        except Problem:
+            return False
+        return True
 
     async def _handle(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         started, status, finished = time.perf_counter(), 0, False
@@ -376,10 +391,12 @@ def create_app(
     lifespan: Callable | None = None,
     description: str = "",
     pages: frozenset[str] = frozenset(),
+    death: Callable[[], str] = str,
 ) -> FastAPI:
     """An app with health, readiness, metrics and docs; add routes to it.
 
     `ready()` returns each dependency's state: "ok", or why it is not. It is called on every probe and must be quick.
+    `death()` says why the service can never work again, and is empty as long as it can: `serve` then ends the process.
     `pages`: paths for browsers, which send no bearer token of themselves. Their routes are called without one too, and
     answer for themselves what a caller may see; `scope["rlif.refusal"]` then holds the Problem.
     """
@@ -388,6 +405,7 @@ def create_app(
         title=f"rlif {service}", version=version, lifespan=noted, description=description, redoc_url=None
     )
     app.router.route_class = _NegotiatedRoute
+    app.state.death = death
     app.add_middleware(_Gate, service=service, settings=settings, pages=pages)
 
     @app.exception_handler(Problem)
@@ -444,35 +462,33 @@ def _noting_refusal(lifespan: Callable) -> Callable:
     return noted
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket (port 0: any free one). Raises StartupError when the address is taken or not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return bound
-
-
-def _raise_open_files() -> None:
-    """Shells often allow 1024 open files of the many more that the system would: too few for a batch of callers."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # where the system says `unlimited` and means less
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
 def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
     """Serve until SIGTERM or SIGINT, then finish running requests for at most `drain_seconds`.
 
-    Raises StartupError when the port is busy or the app's start-up failed.
+    Raises StartupError when the port is busy or the app's start-up failed, and SystemExit (1) DEATH_SECONDS after what
+    the service stands on has died: only another process can serve again.
     """
-    _raise_open_files()
+    died_at: float | None = None
+
+    async def look() -> None:
+        nonlocal died_at
+        if reason := app.state.death():
+            died_at = died_at or time.monotonic()
+            if time.monotonic() - died_at >= DEATH_SECONDS and not server.should_exit:
+                log.critical("the process ends: %s", reason)
+                server.should_exit = True
+
     bound = listen(host, port)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=75
+        app,
+        http=connections.protocol(connections.raise_open_files()),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=drain_seconds,
+        timeout_keep_alive=75,
+        callback_notify=look,
+        timeout_notify=1,
     )
     server = uvicorn.Server(config)
     log.info("listening on http://%s:%d", host, bound.getsockname()[1])
@@ -485,5 +501,7 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
                 raise
     if hasattr(app.state, "refusal"):
         raise app.state.refusal
+    if died_at is not None:
+        sys.exit(EXIT_FAILED)
     if not server.started:
         raise StartupError("the service failed to start; the log above says why")

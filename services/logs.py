@@ -15,8 +15,15 @@ from services import traces, trail
 from services.request import request_id
 from services.startup import StartupError
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), 127] if chr(code) not in "\t\n"} | {10: "\n    "}
+"""A message may quote what a client or a completion said: it cannot begin a line, nor move a terminal's cursor."""
+
 
 class _Text(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = record.message.translate(_CONTROLS)
+        return super().formatMessage(record)
+
     def format(self, record: logging.LogRecord) -> str:
         rid = request_id.get()
         record.rid = "" if rid == "-" else f" [{rid}]"
@@ -98,11 +105,7 @@ class _Wrapped(io.TextIOBase):
         self.stream.flush()
 
     def _json(self, text: str) -> str:
-        try:
-            if isinstance(orjson.loads(text), dict):
-                return text
-        except orjson.JSONDecodeError:
-            pass
+        """Also of what is JSON already: else whoever gets something printed could say anything in any logger's name."""
         return _dump(_line("INFO", self.name, text, self.service, datetime.now().timestamp()))
 
 

@@ -4,7 +4,7 @@ import os
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -21,11 +21,15 @@ class RecipeError(ValueError):
     """A recipe that cannot run; the message names key, value and what would be valid, a line for each fault."""
 
 
+PathLike = TypeVar("PathLike", Path, str)
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _of_scheme(url: str, *schemes: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # its words quote the password
+        raise ValueError("not a URL; percent-encode what is special in the password") from None
     if parts.scheme not in schemes or not (parts.netloc or parts.path):
         raise ValueError(f"not a URL that starts with {' or '.join(f'{scheme}://' for scheme in schemes)}")
     return url
@@ -36,11 +40,23 @@ REDIS_SCHEMES = ("redis", "rediss", "unix")
 RedisUrl = Annotated[str, AfterValidator(lambda url: _of_scheme(url, *REDIS_SCHEMES))]
 
 
+def _plain(path: PathLike) -> PathLike:
+    bad = next((mark for mark in str(path) if mark in "\"'\\" or not mark.isprintable()), None)
+    if bad is not None:
+        raise ValueError(f"{bad!r} cannot be in a path here: it would end a line or a quotation elsewhere")
+    return path
+
+
+PlainPath = Annotated[Path, AfterValidator(_plain)]
+"""Ends up in shell scripts and in redis.conf."""
+PlainName = Annotated[str, AfterValidator(_plain)]
+
+
 class Run(Section):
     """`deterministic`: groups are sampled by seeds of their own ids, in batches that do not depend on timing."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    dir: Path
+    dir: PlainPath
     seed: int = Field(0, ge=0, lt=2**31)
     deterministic: bool = False
 
@@ -58,7 +74,7 @@ class Lora(Section):
 class Model(Section):
     """A Hugging Face name or a local folder. With `lora` only adapters are trained (none: all weights)."""
 
-    path: str
+    path: PlainName
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     trust_remote_code: bool = False
@@ -100,7 +116,7 @@ class Data(Section):
     `answer_pattern` is a regex with one group that cuts the answer out of the answer column (GSM8K: `####\\s*(.+)`).
     """
 
-    path: str
+    path: PlainName
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -269,7 +285,7 @@ class Weights(Section):
     """
 
     transport: Literal["disk", "delta"] = "disk"
-    dir: Path | None = None
+    dir: PlainPath | None = None
     keep: int = Field(3, ge=2)
     snapshot_every: int = Field(20, ge=2)
     mirror_dir: Path | None = None

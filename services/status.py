@@ -10,10 +10,13 @@ from typing import Any
 
 import uvicorn
 
-from services import http
+from services import connections, http
+from services.address import listen
 from services.startup import StartupError
 
 log = logging.getLogger(__name__)
+
+MOST_CONNECTIONS = 64
 
 
 @contextmanager
@@ -25,10 +28,10 @@ def serving_status(
 ) -> Iterator[int]:
     """`/healthz`, `/readyz`, `/metrics` and, with `status`, `GET /v1/status` on `port` (0: any free one, yielded).
 
-    Both functions are called in another thread than the caller's. Listens beyond loopback when RLIF_API_TOKEN is set.
-    Raises StartupError when the port is taken.
+    Both functions are called in another thread than the caller's. With RLIF_API_TOKEN set it listens on
+    RLIF_STATUS_HOST, or everywhere, otherwise on loopback. Raises StartupError when the port is taken.
     """
-    host = "0.0.0.0" if os.environ.get("RLIF_API_TOKEN") else "127.0.0.1"
+    host = os.environ.get("RLIF_STATUS_HOST", "0.0.0.0") if os.environ.get("RLIF_API_TOKEN") else "127.0.0.1"
     app = http.create_app(service, version("rlif"), http.settings_from_environment(host), ready)
     if status is not None:
 
@@ -38,11 +41,19 @@ def serving_status(
             return status()
 
     try:
-        bound = http.listen(host, port)
+        bound = listen(host, port)
     except StartupError as error:
         raise StartupError(f"tracking.metrics_port: the {service} {error}") from error
     # In a thread uvicorn leaves the process's signals alone.
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    config = uvicorn.Config(
+        app,
+        http=connections.protocol(min(MOST_CONNECTIONS, connections.raise_open_files())),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=2,
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="status", daemon=True)
     thread.start()
     log.info("status and metrics on http://%s:%d", host, bound.getsockname()[1])

@@ -91,6 +91,9 @@ def span(
         kind=SpanKind[kind.upper()],
         attributes={f"rlif.{key}": value for key, value in attributes.items() if value is not None},
         links=[Link(place) for place in found if place.is_valid],
+        # Messages of errors quote what callers and models said.
+        record_exception=False,
+        set_status_on_exception=False,
     )
 
 

@@ -5,18 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from served import served
 
-from services import recipe
-from services.cli.launch import only_one, plan
-from services.http import listen
+from services.address import listen
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo.yaml"
@@ -202,109 +197,3 @@ def test_giving_up_on_redis_is_one_line(monkeypatch, capsys):
         command.main()
     assert ended.value.code == 1
     assert capsys.readouterr().err == "rlif: redis did not answer within 300 s\n"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-def test_a_rank_dies_with_its_torchrun(tmp_path):
-    recipe_pipe = tmp_path / "recipe.yaml"
-    os.mkfifo(recipe_pipe)  # the rank reads its recipe for as long as somebody has this open for writing
-    writers = []
-
-    def is_read() -> bool:
-        with suppress(OSError):
-            writers.append(os.open(recipe_pipe, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(writers)
-
-    command = [sys.executable, "-m", "services.cli.main", "train", str(recipe_pipe)]
-    code = f"import subprocess, time; print(subprocess.Popen({command!r}).pid, flush=True); time.sleep(60)"
-    env = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
-    torchrun = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
-    rank = psutil.Process(int(torchrun.stdout.readline()))
-    try:
-        wait_for(is_read, 60)
-        assert rank.is_running()
-        torchrun.kill()
-        torchrun.wait(10)
-        wait_for(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, 10)
-    finally:
-        torchrun.kill()
-        with suppress(psutil.NoSuchProcess):
-            rank.kill()
-        for writer in writers:
-            os.close(writer)
-
-
-def wait_for(condition, seconds: float) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "waited too long"
-        time.sleep(0.05)
-
-
-def test_a_log_level_that_is_none_is_one_line():
-    assert "RLIF_LOG_LEVEL LOUD: choose one of CRITICAL" in refused("serve", "reward", RLIF_LOG_LEVEL="loud")
-
-
-def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "file/run cannot be made: Not a directory" in refused("up", DEMO, f"run.dir={tmp_path}/file/run")
-
-
-def test_one_run_is_run_once_at_a_time(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("")
-    with only_one(tmp_path):
-        assert "another `rlif up` is running" in refused("up", DEMO, "--resume", f"run.dir={tmp_path}")
-    with only_one(tmp_path):
-        pass
-
-
-def test_the_resolved_recipe_is_for_its_owner_alone(tmp_path):
-    _, filled = plan(recipe.load(DEMO, [f"run.dir={tmp_path}", "queue.url=redis://:secret@127.0.0.1:1/0"]), False)
-    assert (filled.run.dir / "recipe.yaml").stat().st_mode & 0o777 == 0o600
-    assert "secret" in (filled.run.dir / "recipe.yaml").read_text()
-
-
-def test_a_redis_password_may_stay_in_the_environment(monkeypatch):
-    monkeypatch.setenv("RLIF_REDIS_URL", "rediss://:hunter2@redis.example:6380/0")
-    without = recipe.load(DEMO)
-    assert recipe.redis_url(without) == "rediss://:hunter2@redis.example:6380/0"
-    assert "hunter2" not in recipe.dump(without)
-    assert recipe.redis_url(recipe.load(DEMO, ["queue.url=redis://127.0.0.1:1"])) == "redis://127.0.0.1:1"
-    monkeypatch.setenv("RLIF_REDIS_URL", "http://:hunter2@redis.example")
-    with pytest.raises(recipe.RecipeError, match="RLIF_REDIS_URL: not a URL that starts with redis://") as refusal:
-        recipe.redis_url(without)
-    assert "hunter2" not in str(refusal.value)
-    monkeypatch.delenv("RLIF_REDIS_URL")
-    assert recipe.redis_url(without) is None
-
-
-def test_a_start_that_came_to_nothing_may_be_tried_again(tiny_model, tmp_path):
-    run_dir = tmp_path / "run"
-    data = tmp_path / "tasks.jsonl"
-    data.write_text('{"id": "1", "question": "1+1", "answer": "2"}\n')
-    wrong = [f"run.dir={run_dir}", f"data.path={data}", f"model.path={tiny_model}"]
-    for _ in range(2):
-        done = rlif("up", DEMO, *wrong)
-        assert done.returncode == 2, (done.stdout, done.stderr)
-        assert "no field 'prompt'" in done.stdout + done.stderr
-    (run_dir / "steps.jsonl").write_text("{}\n")
-    assert "--resume" in refused("up", DEMO, *wrong)
-
-
-def test_an_unknown_metric_is_a_refusal(reward_url):
-    done = rlif("score", "--url", reward_url, "--prompt", "a", "--completion", "b", "--metric", "fame")
-    assert done.returncode == 2 and "fame" in done.stdout + done.stderr
-
-
-def test_gpus_are_dealt_out(tmp_path, monkeypatch):
-    from services import recipe
-    from services.cli.launch import plan
-
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    overrides = ["rollout.gpus=[0,1,2,3]", "rollout.replicas=2", "rollout.tensor_parallel_size=2"]
-    overrides += ["scorer.gpus=[4]", "trainer.gpus=[5,6]", "trainer.ranks=2", "pacing.max_staleness=1"]
-    services, _ = plan(recipe.load(DEMO, [f"run.dir={tmp_path}", *overrides]), False)
-    shown = {service.name: service.env.get("CUDA_VISIBLE_DEVICES") for service in services}
-    wanted = {"rollout-0": "0,1", "rollout-1": "2,3", "reward-0": "4", "trainer": "5,6"}
-    assert shown == {**wanted, "redis": None, "orchestrator": None}
-    assert all("OMP_WAIT_POLICY" not in service.env for service in services)

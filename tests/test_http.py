@@ -10,13 +10,13 @@ from fastapi import Request
 from served import served
 
 from services import codec
+from services.address import listen
 from services.api import ScoreItem, ScoreRequest
 from services.http import (
     HttpSettings,
     Problem,
     StartupError,
     create_app,
-    listen,
     remaining_seconds,
     require_admin,
     settings_from_environment,
@@ -251,3 +251,24 @@ def test_busy_port_is_one_clear_line():
         taken.listen()
         with pytest.raises(StartupError, match=r"cannot listen on 127.0.0.1:\d+: Address already in use"):
             listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_one_token_for_both_is_refused(monkeypatch):
+    monkeypatch.setenv("RLIF_API_TOKEN", "same")
+    monkeypatch.setenv("RLIF_ADMIN_TOKEN", "same")
+    with pytest.raises(StartupError, match="RLIF_ADMIN_TOKEN: is the same as RLIF_API_TOKEN"):
+        settings_from_environment("0.0.0.0")
+
+
+async def test_a_caller_without_a_token_does_not_say_which_traces_are_kept(monkeypatch):
+    from contextlib import nullcontext
+
+    from services import traces
+
+    parents = []
+    monkeypatch.setattr(traces, "span", lambda *_, parent: parents.append(parent) or nullcontext())
+    app = create_app("x", "1", HttpSettings(api_token="known"), lambda: {})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+        for token in ("known", "guessed"):
+            await client.get("/v1/x", headers={"traceparent": "00-1-2-01", "authorization": f"Bearer {token}"})
+    assert parents == ["00-1-2-01", ""]

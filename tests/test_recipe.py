@@ -81,9 +81,10 @@ def test_a_deterministic_run_scores_with_transformers():
     assert recipe.parse(BASE, ["scorer={engine: vllm, tensor_parallel_size: 2, gpus: [0, 1]}"]).scorer.gpus == [0, 1]
 
 
-def test_a_refused_redis_url_does_not_show_its_password():
+@pytest.mark.parametrize("url", ["http://:hunter2@host", "redis://:hunter2℀@host"])
+def test_a_refused_redis_url_does_not_show_its_password(url):
     with pytest.raises(RecipeError, match="queue.url: not a URL") as caught:
-        recipe.parse(BASE, ["queue.url=http://:hunter2@host"])
+        recipe.parse(BASE, [f"queue.url={url}"])
     assert "hunter2" not in str(caught.value)
 
 

@@ -22,6 +22,7 @@ from services.redis import (
     connect,
     connect_sync,
     insist_sync,
+    server_binary,
     shown,
     wait_for_redis,
 )
@@ -88,7 +89,15 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://user:secret@host", "redis://:secret/2@host", "host:6379", "", "redis://host/0?socket_timeout=abc"]
+    "url",
+    [
+        "http://user:secret@host",
+        "redis://:secret/2@host",
+        "host:6379",
+        "",
+        "redis://host/0?socket_timeout=abc",
+        "redis://:secret℀@h/0",
+    ],
 )
 def test_a_bad_url_is_refused_without_its_password(url):
     for way in (connect, connect_sync):
@@ -100,6 +109,8 @@ def test_a_bad_url_is_refused_without_its_password(url):
 def test_urls_are_shown_without_credentials():
     assert shown("rediss://me:secret@host:7/1?ssl_ca_certs=a") == "rediss://host:7/1"
     assert shown("redis://me:sec/r@t@host:7/1") == "redis://host:7/1"
+    assert shown("redis://host:7/1?password=secret") == "redis://host:7/1"
+    assert "secret" not in shown("redis://host:7/1?password=se@secret") + shown("redis://me:se?secret@host:7/1")
     assert shown("unix:///tmp/a.sock") == "unix:///tmp/a.sock"
 
 
@@ -213,3 +224,23 @@ async def test_a_wrong_password_is_refused_at_once_at_start_up(tmp_path):
         client = connect(f"{server.url}?password=secret-word")
         await wait_for_redis(client, 30)
         await client.aclose()
+
+
+def test_the_newest_redis_server_is_taken(tmp_path, monkeypatch):
+    def pretended(folder: str, version: str) -> str:
+        binary = tmp_path / folder / "redis-server"
+        binary.parent.mkdir()
+        binary.write_text(f"#!/bin/sh\necho Redis server v={version} sha=00000000:0 malloc=libc bits=64\n")
+        binary.chmod(0o755)
+        return str(binary)
+
+    old, new = pretended("old", "5.0.14"), pretended("new", "99.10.0")
+    monkeypatch.setenv("PATH", f"{tmp_path}/old:{tmp_path}/none:{tmp_path}/new:{os.environ['PATH']}")
+    assert server_binary() == new
+    monkeypatch.setenv("PATH", f"{tmp_path}/old:{os.environ['PATH']}")
+    assert server_binary() != old
+
+
+def test_a_missing_file_of_certificates_is_a_refusal(tmp_path):
+    with pytest.raises(StartupError, match="ssl_ca_certs: .*gone.pem is no file"):
+        connect(f"rediss://host:7/0?ssl_ca_certs={tmp_path}/gone.pem")

@@ -61,8 +61,14 @@ def make_recipe(model: Path, run_dir: Path, name: str = "test", dtype: str = "fl
 
 
 def command(ranks: int, *rest: str) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *torchrun, *rest]
+    """A Python script as so many ranks. (`rlif train` starts its own.)"""
+    argv = [sys.executable, *rest]
+    if ranks == 1:
+        return argv
+    code = (
+        "import sys; from services.launch.ranks import *; sys.exit(launch(sys.argv[2:], int(sys.argv[1]), Place(), {}))"
+    )
+    return [sys.executable, "-c", code, str(ranks), *argv]
 
 
 # ---- the update ------------------------------------------------------------------------------------------------
@@ -132,6 +138,13 @@ def trained(request, tiny_model, tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout.decode()[-4000:]
     return folder
+
+
+def test_ranks_of_one_machine_listen_on_loopback_alone(trained):
+    """torchrun's agent listened on every interface and unpickled what it found in its store."""
+    found = [json.loads(path.read_text()) for path in trained.glob("listening-*.json")]
+    assert {address for listening in found for address in listening} <= {"127.0.0.1", "::1"}
+    assert len(found) == 1 or all(found)
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +357,7 @@ class Run:
             return json.loads(client.hget(Keys(self.name).status, "trainer"))
 
     def start(self, *options: str) -> "Run":
-        argv = command(self.ranks, "-m", "services.cli.main", "train", str(self.recipe_path), *options)
+        argv = [sys.executable, "-m", "services.cli.main", "train", str(self.recipe_path), *options]
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
         return self

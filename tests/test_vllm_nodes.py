@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rollout_server.app import Settings, engine_settings
-from services.cli.launch import free_port
+from services.address import free_port
 from services.cli.main import app
 from services.startup import StartupError
 

@@ -1,4 +1,4 @@
-"""Run under torchrun (or alone) by test_trainer.py: `trainer_worker.py CASES.json`.
+"""Run as one of several ranks (or alone) by test_trainer.py: `trainer_worker.py CASES.json`.
 
 Each case names a recipe, batches of packed groups and an output folder: trains on them without a queue, and writes the
 results and, from rank 0, the final weights.
@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -55,6 +56,8 @@ def main(path: str) -> None:
     with rank_groups.join(recipe.parse(cases[0]["recipe"]).trainer) as ranks:
         for case in cases:
             run(case, ranks)
+        listening = [one.laddr.ip for one in psutil.Process().net_connections("inet") if one.status == "LISTEN"]
+        Path(path).with_name(f"listening-{ranks.rank}.json").write_text(json.dumps(listening))
 
 
 if __name__ == "__main__":

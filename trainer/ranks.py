@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from services.address import bound, listen
 from services.recipe import RecipeError, Trainer
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Ranks:
 
 @contextmanager
 def join(settings: Trainer) -> Iterator[Ranks]:
-    """The process group that torchrun describes in the environment, or one of a single process.
+    """The process group that the launcher of ranks describes in the environment, or one of a single process.
 
     Raises RecipeError when `trainer.ranks` or `trainer.device` does not fit what is there.
     """
@@ -58,7 +59,7 @@ def join(settings: Trainer) -> Iterator[Ranks]:
     if size != settings.ranks:
         raise RecipeError(
             f"trainer.ranks: {settings.ranks}, but {size} process(es) were started; "
-            f"start as many by torchrun --nproc-per-node, or set trainer.ranks={size}"
+            f"`rlif train` starts as many where RANK is not set; or set trainer.ranks={size}"
         )
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     if settings.device == "cuda" and not cuda:
@@ -74,7 +75,8 @@ def join(settings: Trainer) -> Iterator[Ranks]:
     # The others wait in a collective while rank 0 waits for groups.
     timeout = timedelta(seconds=settings.batch_deadline_seconds + 600)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(backend, store=_store(rank, size, timeout), rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -83,3 +85,13 @@ def join(settings: Trainer) -> Iterator[Ranks]:
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks find each other's addresses. Left to itself, rank 0 would listen on every interface."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank > 0:
+        return dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+    listener = listen(bound(host), port)
+    listener.listen(size)
+    return dist.TCPStore(host, port, size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())

@@ -49,7 +49,7 @@ STOPPED = "stopped.txt"
 def main(recipe: Recipe, redis_url: str, resume: bool = False, resume_from: Path | None = None) -> int:
     """Run the trainer to its last step, or to a SIGTERM: 0 then, with a checkpoint of the last step done.
 
-    One process, or one of the ranks that torchrun started. With `resume` it goes on from the newest checkpoint in
+    One process, or one of the ranks that `rlif train` starts. With `resume` it goes on from the newest checkpoint in
     `run.dir`, in a new lineage; when there is none, from the model folder `resume_from` (its weights, and a fresh
     optimizer) where one is given, else from the start. Raises RecipeError (what is asked for cannot run),
     StartupError (the metrics port is taken), DeadlineExceeded (no groups, no redis), Fenced (another trainer took

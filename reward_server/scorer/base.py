@@ -72,6 +72,10 @@ class Service(ABC):
     def state(self) -> str:
         """ "ok", or why no call is being served: for readiness probes."""
 
+    def death(self) -> str:
+        """Why no call will ever be served again; empty while it can."""
+        return ""
+
     @abstractmethod
     async def load(self, version: Version, directory: Path) -> None:
         """Serve the weights of a Hugging Face folder from the next call on: the `load` of a weight follower.

@@ -111,6 +111,9 @@ class VllmService(Service):
     def state(self) -> str:
         return self.fault or vllm_process.death(self.llm) or "ok"
 
+    def death(self) -> str:
+        return vllm_process.death(self.llm) if hasattr(self, "llm") else ""
+
     # ---- scoring -----------------------------------------------------------------------------------------------
 
     async def _answer(self, items: Sequence[TokenItem], tokens: int) -> Scored:

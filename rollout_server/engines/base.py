@@ -72,6 +72,9 @@ class Engine(Protocol):
     def state(self) -> str:
         """ "ok", or the reason why the engine cannot generate."""
 
+    def death(self) -> str:
+        """Why the engine will never generate again; empty while it can."""
+
     async def attach(self, app: FastAPI) -> None:
         """Add the OpenAI-compatible routes; called after `start`."""
 

@@ -96,6 +96,9 @@ class TransformersEngine:
     def state(self) -> str:
         return self.fault or "ok"
 
+    def death(self) -> str:
+        return ""
+
     # ---- generation ------------------------------------------------------------------------------------------------
 
     async def generate(

@@ -56,6 +56,9 @@ class VllmEngine:
     def state(self) -> str:
         return self.fault or vllm_process.death(self.llm) or "ok"
 
+    def death(self) -> str:
+        return vllm_process.death(self.llm) if hasattr(self, "llm") else ""
+
     # ---- generation ------------------------------------------------------------------------------------------------
 
     async def generate(self, prompts: list[Prompt]) -> list[list[Completion]]:

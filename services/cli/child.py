@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import httpx
 
-from services.cli.launch import RLIF, free_port
+from services.address import free_port
+from services.cli.launch import RLIF
 from services.startup import StartupError
 from services.supervisor import die_with_parent
 

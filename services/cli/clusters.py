@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 
 from services import logs, recipe
-from services.cli.launch import clear_untrained, only_one, prepare_run_dir, write_private
 from services.cli.progress import Progress
 from services.cli.recipes import check_rewards
 from services.launch import credentials
 from services.launch.plan import Plan, fill, make
 from services.recipe import Recipe
+from services.run_folder import clear_untrained, only_one, prepare, write_private
 from services.startup import StartupError
 from services.supervisor import Service
 
@@ -39,7 +39,7 @@ def _plan(path: Path, overrides: list[str] | None, nodes: int, gpus_per_node: in
 def _prepare(filled: Recipe, resume: bool, files: dict[str, str]) -> None:
     """Recipe, credentials and `files` in the run's folder, unless that is of another run or of one that is going on."""
     run_dir = filled.run.dir
-    prepare_run_dir(filled, resume)
+    prepare(filled, resume)
     with only_one(run_dir):
         if not resume:
             clear_untrained(run_dir)
@@ -75,7 +75,7 @@ def slurm(
     dry_run: DryRun = False,
 ) -> None:
     """Submit one job with every part of the run: redis, orchestrator, servers, trainer."""
-    from services.launch.slurm import Job, find_sbatch, script, submit
+    from services.launch.slurm import Job, check, find_sbatch, refuse_second, script, submit
 
     filled, plan = _plan(recipe_path, overrides, nodes, gpus_per_node)
     text = script(filled, plan, Job(partition, account, time, container, setup or [], sbatch or []))
@@ -83,6 +83,8 @@ def slurm(
         typer.echo(text, nl=False)
         return
     sbatch_command = find_sbatch()
+    refuse_second(filled.run.dir)
+    check(sbatch_command, text)
     _prepare(filled, resume, {"job.sbatch": text})
     console = Console()
 

@@ -1,30 +1,18 @@
 """From a recipe to the processes of a run on this machine."""
 
-import fcntl
-import logging
 import os
-import shutil
-import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from services import recipe as recipes
+from services.address import free_port
 from services.recipe import Recipe
+from services.run_folder import clear_untrained, write_private
 from services.startup import StartupError
-from services.steps import traces_of_training
 from services.supervisor import CHECKPOINT_SECONDS, Service
 
-log = logging.getLogger(__name__)
-
 RLIF = [sys.executable, "-m", "services.cli.main"]
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def environment(recipe: Recipe, threads: int | None, gpus: Sequence[int | str] | None = None) -> dict[str, str]:
@@ -53,74 +41,13 @@ def _server(kind: str, number: int, port: int, resolved: Path, env: dict[str, st
 
 
 def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
-    ranks = recipe.trainer.ranks
-    if ranks == 1:
-        argv = [*RLIF, "train", str(resolved)]
-    else:
-        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        # torchrun itself would kill the ranks after 30 s.
-        argv += ["--nproc-per-node", str(ranks), "--shutdown-timeout", str(CHECKPOINT_SECONDS)]
-        argv += ["-m", "services.cli.main", "train", str(resolved)]
+    argv = [*RLIF, "train", str(resolved)]
     restart_args = ["--resume"]
     if resume:
         argv, restart_args = argv + restart_args, []
     env = environment(recipe, recipe.trainer.threads, recipe.trainer.gpus)
     stop_seconds = CHECKPOINT_SECONDS + 10
     return Service("trainer", argv, env=env, restart_args=restart_args, may_finish=True, stop_seconds=stop_seconds)
-
-
-def prepare_run_dir(recipe: Recipe, resume: bool) -> None:
-    """Raises StartupError when the folder belongs to an earlier run and `resume` was not asked for, or the reverse."""
-    there = (recipe.run.dir / "recipe.yaml").exists()
-    if there and not resume and traces_of_training(recipe.run.dir):
-        raise StartupError(
-            f"run.dir {recipe.run.dir} holds a run already: go on with --resume, or choose another run.dir"
-        )
-    if resume and not there:
-        raise StartupError(f"run.dir {recipe.run.dir} holds no run to resume")
-    try:
-        recipe.run.dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartupError(f"run.dir {recipe.run.dir} cannot be made: {error.strerror}") from error
-
-
-def clear_untrained(run_dir: Path) -> None:
-    """A start that came to nothing must not stand in the way of the next, nor leave it groups of another recipe."""
-    if (run_dir / "recipe.yaml").exists() and not traces_of_training(run_dir):
-        for name in ("redis", "weights", "model", "logs"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-
-
-@contextmanager
-def only_one(run_dir: Path) -> Iterator[None]:
-    """Holds the run's lock; the kernel lets go of it when this process ends, however it ends. Raises StartupError:
-    another `rlif up` has it (two of them would write one queue and one set of checkpoints)."""
-    try:
-        handle = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StartupError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise StartupError(
-            f"run.dir {run_dir}: another `rlif up` is running this run (or a job is); stop it first"
-        ) from error
-    except OSError as error:  # Lustre mounted without flock, say
-        log.warning("run.dir %s: its file system has no locks (%s): see that no second start uses it", run_dir, error)
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def write_private(path: Path, text: str) -> None:
-    """For this user's eyes only, from the first byte on: a redis URL may carry a password."""
-    aside = path.with_name(path.name + ".part")
-    aside.unlink(missing_ok=True)
-    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
-        handle.write(text)
-    aside.replace(path)
 
 
 def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:

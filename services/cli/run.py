@@ -2,7 +2,7 @@
 
 import logging
 import os
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 
 from services import logs, recipe
+from services.cli.launch import RLIF, plan
 from services.cli.recipes import ControlArm, check_rewards, doubts, load_arm
 from services.cli.watch import watch
 from services.model_folder import check_local
+from services.run_folder import only_one, prepare
 from services.startup import StartupError
-from services.supervisor import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +26,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 
 def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
     """All processes of the recipe on this machine until training is done. Returns an exit code."""
-    from services.cli.launch import only_one, plan, prepare_run_dir
     from services.cli.progress import Progress
     from services.supervisor import supervise
 
-    prepare_run_dir(chosen, resume)
+    prepare(chosen, resume)
     with only_one(chosen.run.dir):
         check_local(chosen.model.path, "model.path")  # sooner than the servers would
         services, filled = plan(chosen, resume)
@@ -100,13 +100,29 @@ def train(
         Path | None,
         typer.Option(help="Without a checkpoint, go on from this model folder's weights, with a fresh optimizer."),
     ] = None,
+    nodes: Annotated[int, typer.Option(help="Nodes that train together; each runs this command.", min=1)] = 1,
+    node_rank: Annotated[int, typer.Option(help="This node's number.", min=0)] = 0,
+    leader: Annotated[str | None, typer.Option(help="HOST:PORT of node 0, as the other nodes reach it.")] = None,
 ) -> None:
-    """Run the trainer alone, in one process or as one rank under torchrun."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        die_with_parent()  # a torchrun that was killed leaves its ranks behind
+    """Run the trainer alone: `trainer.ranks` processes, dealt out evenly over the nodes."""
     watch("trainer")
     chosen = recipe.load(recipe_path, overrides)
     _addresses(chosen, "queue.url")
+    if chosen.trainer.ranks % nodes:
+        raise StartupError(f"trainer.ranks: {chosen.trainer.ranks} do not divide among --nodes {nodes}")
+    if "RANK" not in os.environ and chosen.trainer.ranks > 1:
+        from services.launch.ranks import launch, place
+        from services.status import serving_status  # rank 0 has its own
+
+        here = place(nodes, node_rank, leader)
+        options = ["--resume"] if resume else []
+        options += ["--resume-from", str(resume_from)] if resume_from else []
+        argv = [*RLIF, "train", str(recipe_path), *options, "--", *(overrides or [])]
+        states = {"ranks": "waiting for the other nodes"}
+        port = chosen.tracking.metrics_port
+        with serving_status("trainer", port, lambda: states) if port and node_rank else nullcontext():
+            code = launch(argv, chosen.trainer.ranks // nodes, here, states)
+        raise typer.Exit(code)
     from trainer.train import main
 
     url = recipe.redis_url(chosen)

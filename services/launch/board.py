@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from services.startup import StartupError
+from services.run_folder import private_folder
 
 POLL_SECONDS = 0.2
 
@@ -35,15 +35,12 @@ class Ended(Exception):
 
 
 class Board:
-    """Raises StartupError when the folder cannot be made."""
+    """Raises StartupError when the folder cannot be made, or is not this user's alone."""
 
     def __init__(self, run_dir: Path, attempt: str):
         self.run_dir, self.folder = run_dir, run_dir / "cluster" / attempt
-        try:
-            for folder in (self.folder.parent, self.folder):
-                folder.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise StartupError(f"run.dir: cannot write {self.folder}: {error.strerror}") from error
+        for folder in (self.folder.parent, self.folder):
+            private_folder(folder)
 
     def post(self, name: str, value: Any) -> None:
         self._aside(value).replace(self.folder / f"{name}.json")

@@ -9,7 +9,7 @@ import os
 import secrets
 from pathlib import Path
 
-from services.cli.launch import write_private
+from services.run_folder import check_own, private_folder, write_private
 from services.startup import StartupError
 
 NAMES = ("RLIF_API_TOKEN", "RLIF_ADMIN_TOKEN", "RLIF_REDIS_URL")
@@ -21,12 +21,13 @@ def _file(run_dir: Path) -> Path:
 
 
 def write(run_dir: Path) -> None:
-    """Raises StartupError when the file cannot be written."""
+    """Raises StartupError: the file cannot be written, or others may write where it lies."""
     found = {name: os.environ[name] for name in NAMES if os.environ.get(name)}
     made = {name: secrets.token_urlsafe(32) for name in ("RLIF_API_TOKEN", "RLIF_ADMIN_TOKEN", PASSWORD)}
     path = _file(run_dir)
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        check_own(run_dir)
+        private_folder(path.parent)
         write_private(path, json.dumps({**made, **found}))
     except OSError as error:
         raise StartupError(f"run.dir: cannot write {path}: {error.strerror}") from error
@@ -40,3 +41,9 @@ def take(run_dir: Path) -> str:
         raise StartupError(f"run.dir: cannot read {_file(run_dir)}: {error.strerror}") from error
     os.environ.update({name: kept[name] for name in NAMES if name in kept})
     return kept[PASSWORD]
+
+
+def remove(run_dir: Path) -> None:
+    """Once training is done: nobody needs them any more, and folders of runs are copied and backed up."""
+    for path in (_file(run_dir), run_dir / "redis" / "redis.conf"):
+        path.unlink(missing_ok=True)

@@ -16,12 +16,12 @@ from pathlib import Path
 import httpx
 
 from services import recipe as recipes
-from services.cli.launch import only_one
 from services.launch import credentials
 from services.launch.board import Board, Ended, Outcome
 from services.launch.parts import Node, Workplace, choose_ports
 from services.launch.plan import make
 from services.recipe import RecipeError
+from services.run_folder import check_own, only_one
 from services.startup import StartupError
 from services.supervisor import EXIT_FAILED, EXIT_REFUSED, Service, supervise
 
@@ -86,6 +86,7 @@ def run_node(
         recipe = recipes.load(recipe_path)
     except RecipeError as error:
         raise StartupError(f"node {name}: {error} (run.dir has to be a folder that all nodes share)") from error
+    check_own(recipe.run.dir)
     board = Board(recipe.run.dir, attempt)
     try:
         password = credentials.take(recipe.run.dir)
@@ -95,6 +96,8 @@ def run_node(
             log.info("node %s has met the others: %s", name, ", ".join(node.name for node in crew))
             return _work(board, Workplace(recipe, recipe_path, plan, crew, number, attempt, password), tick)
     except Ended as end:
+        if number == 0 and end.outcome.code == 0:
+            credentials.remove(recipe.run.dir)
         log.log(logging.INFO if end.outcome.code == 0 else logging.ERROR, "%s", end)
         return end.outcome.code
     except (StartupError, RecipeError) as error:

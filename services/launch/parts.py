@@ -1,20 +1,20 @@
 """The processes of one node: each part of the plan as the command that `rlif up` and the README name."""
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.cli.launch import RLIF, environment, free_port, write_private
+from services.address import bound, free_port
+from services.cli.launch import RLIF, environment
 from services.launch.plan import Part, Plan
 from services.recipe import Recipe
 from services.redis import DURABLE, server_binary
+from services.run_folder import private_folder, write_private
 from services.startup import StartupError
 from services.supervisor import CHECKPOINT_SECONDS, Service
 
 TRAINER_RESTARTS = 3
-"""A rank that dies makes all ranks start again from the newest checkpoint, this often."""
-RENDEZVOUS_SECONDS = 600
+"""A rank that dies makes all ranks start again from the newest checkpoint, this often in a row."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,6 @@ class Node:
     def address(self, part: str) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.ports[part]}"
-
-
-def bound(host: str) -> str:
-    """The address to listen on: the node's own where it is given as a number. A name may stand for loopback in the
-    node's own /etc/hosts, where nobody else would reach it."""
-    is_number = ":" in host or host.replace(".", "").isdigit()
-    return host if is_number else "0.0.0.0"
 
 
 def choose_ports(plan: Plan, number: int, host: str) -> dict[str, int]:
@@ -89,7 +82,7 @@ class Workplace:
         file = directory / "redis.conf"
         try:
             binary = server_binary()
-            directory.mkdir(exist_ok=True)
+            private_folder(directory)
             write_private(file, "".join(f"{key} {value}\n" for key, value in settings.items()))
         except OSError as error:
             raise StartupError(f"run.dir: cannot write {file}: {error.strerror}") from error
@@ -108,43 +101,21 @@ class Workplace:
         rewards = self.recipe.scorer.urls or self.servers("reward").values()
         argv = [*RLIF, "orchestrate", str(self.recipe_path)]
         argv += [f"rollout.urls=[{', '.join(rollouts)}]", f"scorer.urls=[{', '.join(rewards)}]"]
-        return Service(part.name, argv, may_finish=True)
+        return Service(part.name, argv, env={"RLIF_STATUS_HOST": bound(self.here.host)}, may_finish=True)
 
     def _trainer(self, part: Part) -> Service:
         first, first_part = next(self.plan.of("trainer"))
-        rendezvous = {
-            "is_host": str(part.number == 0).lower(),  # guessed by host name where it is not said
-            "join_timeout": RENDEZVOUS_SECONDS,
-            "read_timeout": RENDEZVOUS_SECONDS,
-        }
-        options = {
-            "nnodes": len(self.plan.trainer_nodes),
-            "nproc-per-node": self.plan.ranks_per_node,
-            "rdzv-backend": "c10d",
-            "rdzv-endpoint": self.nodes[first].address(first_part.name),
-            "rdzv-id": self.attempt,
-            "rdzv-conf": ",".join(f"{key}={value}" for key, value in rendezvous.items()),
-            "local-addr": self.here.host,
-            "max-restarts": TRAINER_RESTARTS,
-            "shutdown-timeout": CHECKPOINT_SECONDS,
-        }
-        argv = [
-            sys.executable,
-            "-m",
-            "services.launch.torchrun",
-            *(f"--{key}={value}" for key, value in options.items()),
-        ]
-        argv += ["-m", "services.cli.main", "train", str(self.recipe_path), "--resume"]
+        argv = [*RLIF, "train", str(self.recipe_path), "--resume"]
+        argv += ["--nodes", str(len(self.plan.trainer_nodes)), "--node-rank", str(part.number)]
+        argv += ["--leader", self.nodes[first].address(first_part.name)]
         env = environment(self.recipe, self.recipe.trainer.threads, self._devices(part))
-        # A store that the ranks' restarts share has the restart's number in its keys, and nodes count differently:
-        # after a rank's death they would wait for each other at different places.
-        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        env["RLIF_STATUS_HOST"] = bound(self.here.host)
         return Service(
             part.name,
             argv,
             env=env,
             may_finish=True,
-            max_restarts=0,
+            max_restarts=TRAINER_RESTARTS,
             stop_seconds=CHECKPOINT_SECONDS + 10,
         )
 

@@ -14,7 +14,7 @@ from services.recipe import Recipe, RecipeError
 
 @dataclass(frozen=True)
 class Part:
-    """One process (the trainer: one torchrun) on a node. `gpus` are places among the node's GPUs."""
+    """One process (the trainer: one launcher of ranks) on a node. `gpus` are places among the node's GPUs."""
 
     kind: str
     number: int = 0

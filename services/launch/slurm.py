@@ -15,10 +15,12 @@ from pathlib import Path
 
 from services.launch.plan import Plan
 from services.recipe import Recipe
+from services.run_folder import write_private
 from services.startup import StartupError
 
 WAIT_SECONDS = 300
 """How long the other tasks may go on after the first has ended: all end together, unless one was killed."""
+LOOK_SECONDS = 60
 GRACE_SECONDS = 300
 """How long before the time limit the job is asked to write a checkpoint and stop; a quarter of a short limit."""
 TIME = re.compile(r"^(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?$")
@@ -56,7 +58,7 @@ def _directives(recipe: Recipe, plan: Plan, job: Job) -> list[str]:
         f"--nodes={len(plan.nodes)}",
         "--ntasks-per-node=1",
         *([f"--gpus-per-node={plan.gpus_per_node}"] if plan.gpus_per_node else []),
-        *(f"--{key}={value}" for key, value in asked.items() if value),
+        *(f"--{key}={shlex.quote(value)}" for key, value in asked.items() if value),
         "--exclusive",
         "--mem=0",
         "--requeue",
@@ -87,7 +89,7 @@ def _command(recipe: Recipe, container: str | None) -> tuple[list[str], list[str
 def script(recipe: Recipe, plan: Plan, job: Job) -> str:
     """The batch script for a recipe that `plan.fill` has filled in. Raises StartupError: a bad setting."""
     for text in (*job.setup, *job.options, job.partition or "", job.account or "", job.container or ""):
-        if "\n" in text:
+        if not text.isprintable():
             raise StartupError(f"{text!r}: a line break would end the line of the script")
     bad = next((option for option in job.options if not option.startswith("-")), None)
     if bad is not None:
@@ -139,6 +141,37 @@ def find_sbatch() -> str:
     return found
 
 
+def check(sbatch: str, text: str) -> None:
+    """Have Slurm look at a script before anything is written. Raises StartupError: sbatch refuses it."""
+    looked = subprocess.run([sbatch, "--test-only"], input=text, capture_output=True, text=True, timeout=LOOK_SECONDS)
+    if looked.returncode:
+        raise _refusal(looked.stderr)
+
+
+def _refusal(said: str) -> StartupError:
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in said.splitlines()]
+    return StartupError(f"sbatch refuses the job: {'; '.join(lines) or 'it says nothing'}")
+
+
+def _submitted(run_dir: Path) -> Path:
+    return run_dir / "cluster" / "submitted"
+
+
+def refuse_second(run_dir: Path) -> None:
+    """Raises StartupError: a job of this run is waiting or running; it reads its recipe when it starts."""
+    try:
+        job = _submitted(run_dir).read_text().strip()
+    except OSError:
+        return
+    squeue = shutil.which("squeue")
+    if squeue is None or not job.isdigit():
+        return
+    asked = [squeue, "--noheader", "--format=%T", f"--jobs={job}"]
+    state = subprocess.run(asked, capture_output=True, text=True, timeout=LOOK_SECONDS).stdout.strip()
+    if state:  # nothing is said of a job that has ended
+        raise StartupError(f"run.dir {run_dir}: job {job} of this run is {state.lower()}; stop it first: scancel {job}")
+
+
 def submit(sbatch: str, path: Path, wait: bool, tell: Callable[[str], None]) -> int:
     """Hand a script to sbatch; `tell` gets the job's number. Returns 0, or with `wait` the job's exit code at its end.
 
@@ -149,7 +182,7 @@ def submit(sbatch: str, path: Path, wait: bool, tell: Callable[[str], None]) -> 
         assert process.stdout and process.stderr
         job = process.stdout.readline().strip().partition(";")[0]
         if job:
+            write_private(_submitted(path.parent), job)
             tell(job)
             return process.wait()
-        said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in process.stderr.read().splitlines()]
-        raise StartupError(f"sbatch refuses the job: {'; '.join(said) or 'it says nothing'}")
+        raise _refusal(process.stderr.read())

@@ -183,20 +183,29 @@ def test_trainer_ranks_find_each_other_by_the_names_of_indexed_pods():
     (container,) = pod["containers"]
     arguments = container["args"]
     service, port = pod["subdomain"], 29400
-    assert {"--nnodes=4", "--nproc-per-node=8", f"--rdzv-endpoint=$(JOB_NAME)-0.{service}:{port}"} <= set(arguments)
-    assert f"--local-addr=$(JOB_NAME)-$(JOB_COMPLETION_INDEX).{service}" in arguments
-    assert arguments[arguments.index("train") :][:3] == ["train", "/etc/rlif/recipe.yaml", "--resume"]
-    # torchrun's own 30 s would take the ranks their checkpoint.
-    assert f"--shutdown-timeout={pod['terminationGracePeriodSeconds'] - 10}" in arguments
+    assert "command" not in container
+    assert arguments[:6] == [
+        "train", "/etc/rlif/recipe.yaml", "--resume", "--nodes=4", "--node-rank=$(JOB_COMPLETION_INDEX)",
+        f"--leader=$(JOB_NAME)-0.{service}:{port}",
+    ]  # fmt: skip
     # Kubernetes sets JOB_COMPLETION_INDEX itself.
-    variables = {variable["name"]: variable.get("value") for variable in container["env"]}
-    assert "JOB_NAME" in variables and variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert "JOB_NAME" in {variable["name"] for variable in container["env"]}
+    # The launcher answers where rank 0 does not.
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
+    assert [rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][1:]] == [[143], [2]]
 
 
-def test_one_rank_needs_no_torchrun():
+def test_an_override_is_no_reference_to_a_variable():
+    found = render(merged(read("one-node"), {"overrides": ["run.seed=$(RLIF_REDIS_URL)", "run.seed=$$x"]}))
+    (container,) = job(found)["spec"]["template"]["spec"]["containers"]
+    assert container["args"][-2:] == ["run.seed=$$(RLIF_REDIS_URL)", "run.seed=$$$$x"]
+
+
+def test_one_rank_meets_nobody():
     (container,) = job(manifests("kind"))["spec"]["template"]["spec"]["containers"]
     assert "command" not in container
     assert container["args"][:3] == ["train", "/etc/rlif/recipe.yaml", "--resume"]
+    assert not any(argument.startswith("--leader") for argument in container["args"])
 
 
 def test_another_recipe_is_another_job_and_the_same_one_is_the_same():
@@ -287,6 +296,11 @@ BAD = {
     "recipe.rollout.urls": ({"recipe": {"rollout": {"urls": ["http://x"]}}}, "recipe/rollout/urls"),
     "recipe.queue.url": ({"recipe": {"queue": {"url": "redis://:secret@x"}}}, "recipe/queue/url"),
     "overrides": ({"overrides": ["queue.url=redis://:secret@x"]}, "overrides/0"),
+    "overrides, a mapping": ({"overrides": ["queue={url: redis://:secret@x}"]}, "overrides/0"),
+    "dns": ({"networkPolicy": {"dns": []}}, "networkPolicy/dns"),
+    "prometheus": ({"networkPolicy": {"prometheus": []}}, "networkPolicy/prometheus"),
+    "hubPeers": ({"networkPolicy": {"hubPeers": []}}, "networkPolicy/hubPeers"),
+    "redisPorts": ({"networkPolicy": {"redisPorts": []}}, "networkPolicy/redisPorts"),
     "unknown": ({"trainers": {}}, "trainers"),
     "autoscaling.by": ({"rollout": {"autoscaling": {"by": "lag"}}}, "rollout/autoscaling/by"),
     "two recipes": ({"recipeFile": "run: {name: a}"}, "recipe, recipeFile"),
@@ -325,6 +339,10 @@ def test_bad_values_are_refused_by_name(bad):
         ({}, "recipe.run.name"),
         ({"recipeFile": "model: {}"}, "recipe.run.name"),
         ({"recipeFile": "run: ["}, "recipeFile"),
+        (
+            {"recipeFile": "run: {name: a}\nqueue: {url: redis://:secret@x}"},
+            "recipeFile: queue.url may hold a password",
+        ),
     ],
 )
 def test_a_missing_or_broken_recipe_is_refused_by_name(values, name):

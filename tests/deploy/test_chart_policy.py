@@ -108,8 +108,7 @@ def test_probes_ask_the_right_endpoints_and_drains_have_time(case):
             continue
         (container,) = template["spec"]["containers"]
         is_worker = template["metadata"]["labels"].get("leaderworkerset.sigs.k8s.io/worker-index") == "1"
-        is_one_of_many = part(template) == "trainer" and CASES[case]["trainer"].get("nodes", 1) > 1
-        if is_worker or is_one_of_many:  # nothing listens there but the ranks
+        if is_worker:  # nothing listens there but the engine's ranks
             assert "livenessProbe" not in container, name
             continue
         ports = {port["name"] for port in container["ports"]}

@@ -9,9 +9,10 @@ import pytest
 from cluster_recipe import write_recipe
 
 from services import recipe as recipes
+from services.address import bound
 from services.launch import credentials, node, plan
 from services.launch.board import Board, Ended, Outcome
-from services.launch.parts import Node, Workplace, bound
+from services.launch.parts import Node, Workplace
 from services.recipe import RecipeError
 from services.startup import StartupError
 
@@ -151,7 +152,7 @@ def test_a_node_without_the_runs_folder_says_so(tmp_path):
 
 @pytest.mark.usefixtures("own_environment")
 def test_a_second_start_of_a_run_is_refused(tmp_path):
-    from services.cli.launch import only_one
+    from services.run_folder import only_one
 
     run_dir = filled(tmp_path, 2)
     with only_one(run_dir), pytest.raises(StartupError, match="another"):
@@ -189,9 +190,11 @@ def test_the_trainers_meet_at_the_first_trainer_node(tmp_path):
     run_dir = filled(tmp_path, 3)
     first, second = (workplace(run_dir, number).services()[0].argv for number in (1, 2))
     for argv in (first, second):
-        assert {"--nnodes=2", "--rdzv-endpoint=10.0.0.2:2000", "--rdzv-id=job-7-0", "--nproc-per-node=1"} < set(argv)
-        assert argv[-3:] == ["train", str(run_dir / "recipe.yaml"), "--resume"]
-    assert "is_host=true" in " ".join(first) and "is_host=false" in " ".join(second)
+        train = argv.index("train")
+        assert argv[train + 1 : train + 3] == [str(run_dir / "recipe.yaml"), "--resume"]
+    at = ["--leader", "10.0.0.2:2000"]
+    assert first[-6:] == ["--nodes", "2", "--node-rank", "0", *at]
+    assert second[-6:] == ["--nodes", "2", "--node-rank", "1", *at]
     orchestrator = workplace(run_dir, 0).services()[-1]
     assert orchestrator.argv[-2:] == ["rollout.urls=[http://10.0.0.1:1001]", "scorer.urls=[http://10.0.0.1:1002]"]
 
@@ -214,3 +217,11 @@ def test_gpus_are_dealt_by_the_names_the_scheduler_gives(tmp_path, monkeypatch):
 def test_a_node_named_by_number_listens_there_alone():
     assert [bound(host) for host in ("127.0.0.1", "10.1.2.3", "fe80::1")] == ["127.0.0.1", "10.1.2.3", "fe80::1"]
     assert bound("gpu-17.cluster") == "0.0.0.0"
+
+
+def test_secrets_go_when_training_is_done(tmp_path):
+    run_dir = filled(tmp_path, 1)
+    workplace(run_dir, 0, 1).services()
+    assert {path.name for path in run_dir.rglob("*") if path.name in ("credentials.json", "redis.conf")} != set()
+    credentials.remove(run_dir)
+    assert not (run_dir / "cluster" / "credentials.json").exists() and not (run_dir / "redis" / "redis.conf").exists()

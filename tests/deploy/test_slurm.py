@@ -97,6 +97,38 @@ def test_without_slurm_the_command_says_so(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def pretended(folder: Path, **commands: str) -> dict[str, str]:
+    """An environment whose Slurm commands are these shell lines."""
+    (folder / "bin").mkdir()
+    for name, lines in commands.items():
+        path = folder / "bin" / name
+        path.write_text(f"#!/bin/sh\n{lines}\n")
+        path.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+def test_what_sbatch_refuses_leaves_the_folder_as_it_was(tmp_path):
+    recipe = write_recipe(tmp_path, Path("model"), steps=1)
+    env = pretended(tmp_path, sbatch="cat >/dev/null; echo 'sbatch: error: no such account' >&2; exit 1")
+    done = launch(str(recipe), "--nodes", "2", "--gpus-per-node", "0", env=env)
+    assert (done.returncode, done.stderr) == (2, "rlif: sbatch refuses the job: no such account\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_job_of_a_run_is_refused_until_the_first_has_ended(tmp_path):
+    recipe = write_recipe(tmp_path, Path("model"), steps=1)
+    env = pretended(tmp_path, sbatch='[ "$1" = --test-only ] || echo 17', squeue=f"cat {tmp_path}/state")
+    arguments = [str(recipe), "--nodes", "2", "--gpus-per-node", "0"]
+    (tmp_path / "state").write_text("PENDING\n")
+    assert launch(*arguments, env=env).returncode == 0
+    kept = (tmp_path / "run" / "cluster" / "credentials.json").read_text()
+    again = launch(*arguments, env=env)
+    assert again.returncode == 2 and "job 17 of this run is pending; stop it first: scancel 17" in again.stderr
+    assert (tmp_path / "run" / "cluster" / "credentials.json").read_text() == kept
+    (tmp_path / "state").write_text("")
+    assert launch(*arguments, env=env).returncode == 0
+
+
 def test_time_limits_in_all_of_slurms_spellings():
     spelt = {"90": 5400, "90:30": 5430, "12:00:00": 43200, "4-0": 345600, "1-2:30": 95400, "1-00:00:05": 86405}
     assert {text: seconds_of(text) for text in spelt} == spelt
@@ -176,7 +208,7 @@ class TestRealSlurm:
             for process in psutil.process_iter(["cmdline"])
             if str(tmp_path / "run") in " ".join(process.info["cmdline"] or [])
             and "train" in process.info["cmdline"]
-            and "services.launch.torchrun" not in process.info["cmdline"]
+            and "--node-rank" not in process.info["cmdline"]  # their launchers
         ]
         assert len(ranks) == 2
         ranks[0].send_signal(signal.SIGKILL)

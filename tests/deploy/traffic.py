@@ -53,10 +53,11 @@ def _passes(policies: list[Manifest], subject: End, other: End, port: int, proto
 
 
 def _rule_admits(rule: dict[str, Any], side: str, other: End, port: int, protocol: str) -> bool:
-    if side in rule and not any(_is_peer(peer, other) for peer in rule[side]):
+    # An empty list admits as much as none: everybody, every port.
+    if rule.get(side) and not any(_is_peer(peer, other) for peer in rule[side]):
         return False
     ports = rule.get("ports")
-    return ports is None or any(p["port"] == port and p["protocol"] == protocol for p in ports)
+    return not ports or any(p["port"] == port and p["protocol"] == protocol for p in ports)
 
 
 def _is_peer(peer: dict[str, Any], end: End) -> bool:

@@ -168,7 +168,7 @@ capabilities:
 {{- if .root.Values.demo.enabled }}
 initContainers:
   - name: await-demo
-    image: {{ include "rlif.image" . }}
+    image: {{ include "rlif.image" . | quote }}
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     command: [sh, -c]
     args:

@@ -8,6 +8,9 @@
 {{- if hasKey $tree "Error" -}}
 {{- fail (printf "recipeFile: is not YAML: %s" $tree.Error) -}}
 {{- end -}}
+{{- if hasKey ($tree.queue | default dict) "url" -}}
+{{- fail "recipeFile: queue.url may hold a password, and a recipe lies in a ConfigMap: leave it out; redis.existingSecret names redis" -}}
+{{- end -}}
 {{- .Values.recipeFile -}}
 {{- else -}}
 {{- toYaml .Values.recipe -}}
@@ -63,5 +66,10 @@
 {{- if .Values.sandbox.enabled -}}
 {{- $all = append $all (printf "scorer.sandbox=%s" $sandbox) -}}
 {{- end -}}
-{{- toYaml (concat $all .Values.overrides) -}}
+{{- $given := list -}}
+{{- range .Values.overrides -}}
+{{- /* Kubernetes would put the values of variables, secrets too, in the place of $(NAME). */ -}}
+{{- $given = append $given (replace "$" "$$" .) -}}
+{{- end -}}
+{{- toYaml (concat $all $given) -}}
 {{- end -}}

@@ -7,7 +7,7 @@ spec:
   {{- include "rlif.awaitDemo" . | nindent 2 }}
   containers:
     - name: {{ .part }}
-      image: {{ include "rlif.image" . }}
+      image: {{ include "rlif.image" . | quote }}
       imagePullPolicy: {{ .root.Values.image.pullPolicy }}
       args:
         - serve
