@@ -3,27 +3,23 @@
 import asyncio
 import fcntl
 import os
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_weights import Server, flip, metric, remove, same, some_tensors, truncate, until
 
-from services.contract import Version, WeightVersion
-from services.queue import GroupQueue
-from services.redis import connect, connect_sync
+from services.contract import Version
+from services.redis import connect_sync
 from services.weights import delta, disk, pointer
 from services.weights.disk import DamagedWeights
 from services.weights.follow import Follower
-from services.weights.mirror import Mirror, whole
+from services.weights.mirror import Mirror
 from services.weights.publish import BYTES, Publisher
 
 V = Version
@@ -353,49 +349,6 @@ def test_a_delta_is_exported_as_a_whole_model(publisher, tmp_path):
     flip(tmp_path / "moved" / "weights" / "0-2" / delta.CHANGES)
     assert export(tmp_path / "moved", tmp_path / "older") == V(version=1)
     assert same(load_file(tmp_path / "older" / "model.safetensors"), made[1])
-
-
-async def test_a_trainers_deltas_are_its_versions(tiny_model, redis_url, run_id, tmp_path):
-    """The same run by the command line, once with deltas and once with whole versions, published the same bits."""
-    from scored_groups import make_groups
-    from test_trainer import ENVIRONMENT, make_recipe
-
-    processes = []
-    for transport in ("delta", "disk"):
-        name = f"{run_id}-{transport}"
-        async with connect(redis_url) as client:
-            for group in make_groups(3 * 3, seed=4, run="same"):
-                await GroupQueue(client, name).push(group)
-        tree = make_recipe(tiny_model, tmp_path / transport, name, dtype="bfloat16", steps=3, zero_stage=1)
-        where = {"mirror_dir": str(tmp_path / "mirrors"), "keep": 4}
-        tree["weights"] = {"transport": transport, "snapshot_every": 3, **where}
-        path = tmp_path / f"{transport}.yaml"
-        path.write_text(yaml.safe_dump({**tree, "queue": {"url": redis_url}}))
-        argv = [sys.executable, "-m", "services.cli.main", "train", str(path)]
-        processes.append(subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, said.decode()[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-
-    def versions_of(transport: str) -> dict[str, dict[str, torch.Tensor]]:
-        found = {}
-        for path in (tmp_path / transport / "weights").iterdir():
-            weights = WeightVersion.model_validate_json((path / "manifest.json").read_bytes())
-            assert weights.transport == ("disk" if path.name in ("0-0", "0-3") else transport)
-            with whole(weights) as folder:
-                tensors = disk.read_tensors(folder, weights.manifest)
-                found[path.name] = {name: tensor.clone() for name, tensor in tensors}
-        return found
-
-    deltas, wholes = versions_of("delta"), versions_of("disk")
-    assert sorted(deltas) == sorted(wholes) == ["0-0", "0-1", "0-2", "0-3"]
-    assert all(same(deltas[name], wholes[name]) for name in wholes)
-    assert not same(wholes["0-1"], wholes["0-2"])
-    assert not list((tmp_path / "mirrors").iterdir())
 
 
 async def test_the_embedded_engine_serves_a_delta(publisher, run_id, redis_url, tmp_path):
