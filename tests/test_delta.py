@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_weights import Server, flip, metric, remove, same, some_tensors, truncate, until
 
-from services.contract import Version, WeightVersion
+from services.contract import Version
 from services.redis import connect_sync
 from services.weights import delta, disk, pointer
 from services.weights.disk import DamagedWeights
 from services.weights.follow import Follower
-from services.weights.mirror import Mirror, whole
+from services.weights.mirror import Mirror
 from services.weights.publish import BYTES, Publisher
 
 V = Version
@@ -349,43 +349,6 @@ def test_a_delta_is_exported_as_a_whole_model(publisher, tmp_path):
     flip(tmp_path / "moved" / "weights" / "0-2" / delta.CHANGES)
     assert export(tmp_path / "moved", tmp_path / "older") == V(version=1)
     assert same(load_file(tmp_path / "older" / "model.safetensors"), made[1])
-
-
-def test_a_trainer_publishes_deltas(tiny_model, redis_url, run_id, tmp_path):
-    """From the recipe's two keys on; the last version is, bit by bit, what the last checkpoint holds."""
-    from scored_groups import make_groups
-    from test_trainer import make_recipe
-
-    from services import recipe
-    from services.queue import GroupQueue
-    from services.redis import connect
-    from trainer.export import export
-    from trainer.train import main
-
-    async def push() -> None:
-        async with connect(redis_url) as client:
-            for group in make_groups(3 * 3, seed=4, run=run_id):
-                await GroupQueue(client, run_id).push(group)
-
-    tree = make_recipe(tiny_model, tmp_path / "run", run_id, dtype="bfloat16", steps=3, zero_stage=1)
-    tree["weights"] = {"transport": "delta", "snapshot_every": 3, "mirror_dir": str(tmp_path / "mirrors")}
-    asyncio.run(push())
-    assert main(recipe.parse(tree), redis_url) == 0
-    folders = {path.name: path for path in (tmp_path / "run" / "weights").iterdir()}
-    assert {name: (path / delta.INDEX).exists() for name, path in folders.items()} == {
-        "0-0": False,
-        "0-1": True,
-        "0-2": True,
-        "0-3": False,
-    }
-    folders["0-3"].rename(tmp_path / "newest")  # the checkpoint is taken instead
-    assert export(tmp_path / "run", tmp_path / "saved") == V(version=3)
-    newest = load_file(tmp_path / "newest" / "model.safetensors")
-    assert same(load_file(tmp_path / "saved" / "model.safetensors"), newest)
-    for name in ("0-1", "0-2"):
-        weights = WeightVersion.model_validate_json((folders[name] / "manifest.json").read_bytes())
-        with whole(weights) as folder:
-            assert not same(load_file(folder / "model.safetensors"), newest)
 
 
 async def test_the_embedded_engine_serves_a_delta(publisher, run_id, redis_url, tmp_path):
