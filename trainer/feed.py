@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from services.contract import WeightVersion
 from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
-from services.redis import cancel, connect, insist, wait_for_redis
+from services.redis import DeadlineExceeded, cancel, connect, insist, wait_for_redis
 from services.weights import disk
 from trainer.waits import GROUPS_PATIENCE_SECONDS, REDIS_PATIENCE_SECONDS, Waits
 
@@ -24,6 +24,8 @@ Result = TypeVar("Result")
 
 START_SECONDS = 120.0
 STATUS_PATIENCE_SECONDS = 300.0
+LAST_STATUS_SECONDS = 10.0
+"""Who asked the trainer to stop does not wait for long, and redis may have been stopped before it."""
 FIRST_LOOK_SECONDS = 10.0
 """A trainer that waits this long for groups looks whether its newest weights are whole; later ever more seldom."""
 
@@ -129,7 +131,13 @@ class Feed:
         async def store() -> None:
             await self.redis.hset(self.queue.keys.status, "trainer", json.dumps(status))
 
-        self._ask(insist(store, f"run {self.recipe.run.name}: status", STATUS_PATIENCE_SECONDS))
+        patience = LAST_STATUS_SECONDS if self.stopping else STATUS_PATIENCE_SECONDS
+        try:
+            self._ask(insist(store, f"run {self.recipe.run.name}: status", patience))
+        except DeadlineExceeded as error:
+            if not self.stopping:
+                raise
+            log.warning("stopping without a last status: %s", error)
 
     def stop(self, number: int, _frame: object) -> None:
         if not self.stopping:
