@@ -79,7 +79,7 @@ def test_a_full_disk(tiny_model, tmp_path, dice):
     whole = unbroken(tmp_path, tiny_model)
     starts, fills, began = 1, (2, 6, 10, whole.last_step()), time.monotonic()
     with small_disk(tmp_path / "disk", megabytes=64) as disk:
-        recipe = write_recipe(tmp_path, tiny_model, "disk/run")  # beside the run: tmp_path/disk/run.yaml
+        recipe = write_recipe(tmp_path, tiny_model, "disk/run")
         run = Run(recipe, disk / "run")
         try:
             for step in fills:
