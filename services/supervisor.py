@@ -50,6 +50,8 @@ class Service:
     fault: str = ""
     """Why the run could not go on, where it was this process's doing."""
     process: subprocess.Popen | None = None
+    noted: bool = True
+    """Whether `processes.json` has the process."""
     restarts: int = 0
     started_at: float = 0.0
     start_after: float = 0.0
@@ -64,10 +66,17 @@ def _note_pid(logs: Path, service: Service) -> None:
     """`processes.json` beside the logs: who runs under which pid."""
     assert service.process
     path = logs / "processes.json"
-    pids = json.loads(path.read_text()) if path.exists() else {}
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps({**pids, service.name: service.process.pid}))
-    aside.replace(path)
+    try:
+        pids = json.loads(path.read_text()) if path.exists() else {}
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps({**pids, service.name: service.process.pid}))
+        aside.replace(path)
+        service.noted = True
+    except OSError as error:
+        # A disk that is full for a while is no reason to end a run: the next tick tries again.
+        if service.noted:
+            log.warning("cannot note the processes in %s: %s", path, error)
+        service.noted = False
 
 
 def _start(service: Service, logs: Path) -> None:
@@ -179,6 +188,8 @@ def supervise(
                 if service.start_after and time.monotonic() >= service.start_after:
                     service.start_after = 0.0
                     _start(service, logs)
+                if not service.noted:
+                    _note_pid(logs, service)
                 fatal = _review(service, logs)
                 if fatal:
                     service.fault = fatal

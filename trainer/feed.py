@@ -15,7 +15,7 @@ from services.commands import AnyOrder, Finish, Obeyed
 from services.contract import WeightVersion
 from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
-from services.redis import cancel, connect, insist, wait_for_redis
+from services.redis import DeadlineExceeded, cancel, connect, insist, wait_for_redis
 from services.weights import disk
 from services.weights.mirror import whole
 from trainer.checkpoint import Progress
@@ -31,6 +31,8 @@ ORDER_SECONDS = 0.2
 """How often a trainer that waits looks for orders."""
 STEPS_KEPT = 100_000
 """Numbers of a step are about 1 KB: the guard reads them again when it starts."""
+LAST_STATUS_SECONDS = 10.0
+"""Who asked the trainer to stop does not wait for long, and redis may have been stopped before it."""
 FIRST_LOOK_SECONDS = 10.0
 """A trainer that waits this long for groups looks whether its newest weights are whole; later ever more seldom."""
 
@@ -223,7 +225,13 @@ class Feed:
         async def store() -> None:
             await self.redis.hset(self.queue.keys.status, "trainer", json.dumps(status))
 
-        self._ask(insist(store, f"run {self.recipe.run.name}: status", STATUS_PATIENCE_SECONDS))
+        patience = LAST_STATUS_SECONDS if self.stopping else STATUS_PATIENCE_SECONDS
+        try:
+            self._ask(insist(store, f"run {self.recipe.run.name}: status", patience))
+        except DeadlineExceeded as error:
+            if not self.stopping:
+                raise
+            log.warning("stopping without a last status: %s", error)
 
     def stop(self, number: int, _frame: object) -> None:
         if not self.stopping:
