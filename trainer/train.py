@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,7 +48,8 @@ STOPPED = "stopped.txt"
 
 
 def main(recipe: Recipe, redis_url: str, resume: bool = False, resume_from: Path | None = None) -> int:
-    """Run the trainer to its last step, or to a SIGTERM: 0 then, with a checkpoint of the last step done.
+    """Run the trainer to its last step, or to a signal, with a checkpoint of the last step done. Returns 0; 143 where a
+    signal stopped it (of several ranks 0: their launcher says it), so that whoever watches it knows it is not done.
 
     One process, or one of the ranks that `rlif train` starts. With `resume` it goes on from the newest checkpoint in
     `run.dir`, in a new lineage; when there is none, from the model folder `resume_from` (its weights, and a fresh
@@ -153,7 +155,8 @@ def _train(
         feed.report("done" if done else "stopped", progress.step, progress.lineage)
         records.close()
         log.info("%s at step %d of %d", "done" if done else "stopped", progress.step, trainer.steps)
-    return 0
+    interrupted = progress.step < trainer.steps and not stopped
+    return 128 + signal.SIGTERM if interrupted and ranks.size == 1 else 0
 
 
 def _refuse_used_folder(recipe: Recipe, resume: bool) -> None:
