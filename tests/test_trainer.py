@@ -305,7 +305,7 @@ def test_what_cannot_run_is_refused_by_key(tiny_model, tmp_path):
     assert "trainer.ranks: 2" in refused(make_recipe(tiny_model, tmp_path, ranks=2))
     if not torch.cuda.is_available():
         assert "trainer.device" in refused(make_recipe(tiny_model, tmp_path, device="cuda"))
-    (tmp_path / "steps.jsonl").touch()
+    (tmp_path / "steps.jsonl").write_text("{}\n")
     assert "run.dir" in refused(make_recipe(tiny_model, tmp_path))
 
 
