@@ -1,4 +1,4 @@
-"""Run under torchrun (or alone) by test_reshard.py: `reshard_worker.py CASES.json`.
+"""Run as ranks by test_reshard.py: `reshard_worker.py CASES.json`.
 
 Each case trains a toy on `batches` (from step `first` on), restored from the checkpoint `load` when given, saves the
 checkpoint `save`, trains the step after it, and writes its weights to `out`; with `again` it goes back to `save` on the

@@ -9,9 +9,10 @@ import pytest
 import torch
 from objective_oracle import loss as plain_loss
 from plain_trainer import oracle_sequence
+from ranks_command import command
 from safetensors.torch import load_file
 from scored_groups import make_groups, trained_pairs
-from test_trainer import ENVIRONMENT, command, make_recipe
+from test_trainer import ENVIRONMENT, make_recipe
 from torch.func import functional_call
 
 from services import codec, recipe

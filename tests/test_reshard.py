@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks_command import command
 from safetensors.torch import load_file
 
 from services import recipe
@@ -58,9 +59,8 @@ def folder(tmp_path_factory) -> Path:
                 }
             )
         (folder / "cases.json").write_text(json.dumps(cases))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         worker = str(Path(__file__).with_name("reshard_worker.py"))
-        argv = [sys.executable, *torchrun, worker, str(folder / "cases.json")]
+        argv = command(ranks, worker, str(folder / "cases.json"))
         done = subprocess.run(argv, env=ENVIRONMENT, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 0, done.stdout.decode()[-8000:]
     return folder

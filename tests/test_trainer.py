@@ -17,6 +17,7 @@ import yaml
 from audit import read_steps, surviving
 from plain_trainer import plain_training
 from prometheus_client import REGISTRY
+from ranks_command import command
 from safetensors.torch import load_file
 from scored_groups import make_groups
 
@@ -58,17 +59,6 @@ def make_recipe(model: Path, run_dir: Path, name: str = "test", dtype: str = "fl
         "trainer": {**defaults, **trainer},
         "tracking": {"tensorboard": False},
     }
-
-
-def command(ranks: int, *rest: str) -> list[str]:
-    """A Python script as so many ranks. (`rlif train` starts its own.)"""
-    argv = [sys.executable, *rest]
-    if ranks == 1:
-        return argv
-    code = (
-        "import sys; from services.launch.ranks import *; sys.exit(launch(sys.argv[2:], int(sys.argv[1]), Place(), {}))"
-    )
-    return [sys.executable, "-c", code, str(ranks), *argv]
 
 
 # ---- the update ------------------------------------------------------------------------------------------------

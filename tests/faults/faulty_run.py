@@ -68,7 +68,7 @@ class Run:
         return json.loads((self.dir / "logs" / "processes.json").read_text())[name]
 
     def rank(self, rank: int) -> int | None:
-        """The process of one of torchrun's ranks; none while there is none."""
+        """The process of one of the trainer's ranks; none while there is none."""
         for child in psutil.Process(self.pid("trainer")).children():
             if child.environ().get("RANK") == str(rank):
                 return child.pid

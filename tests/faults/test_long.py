@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200)]
 
 KILLS = 50
 VICTIMS = (("trainer", "rank 0", "rank 1"), ("orchestrator",), ("rollout-0",), ("reward-0",), ("redis",))
-"""`trainer` is torchrun, the parent of the ranks."""
+"""`trainer` is the launcher, the parent of the ranks."""
 
 
 @pytest.fixture
