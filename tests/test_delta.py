@@ -345,7 +345,12 @@ def test_a_delta_is_exported_as_a_whole_model(publisher, tmp_path):
     run.rename(tmp_path / "moved")
     assert export(tmp_path / "moved", tmp_path / "out") == V(version=2)
     assert same(load_file(tmp_path / "out" / "model.safetensors"), made[2])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "rlif.json",
+    ]
     flip(tmp_path / "moved" / "weights" / "0-2" / delta.CHANGES)
     assert export(tmp_path / "moved", tmp_path / "older") == V(version=1)
     assert same(load_file(tmp_path / "older" / "model.safetensors"), made[1])

@@ -122,7 +122,7 @@ def test_adapters_are_trained_as_plain_torch_trains_them(trained, oracle, tiny_m
 def test_a_checkpoint_exports_the_merged_model(trained, stage):
     (folder,) = (path for path in (trained / f"checkpoints-{stage}").iterdir() if path.is_dir())
     weights = load_file(trained / str(stage) / "weights.safetensors")
-    exported = export._tensors(folder)
+    exported = dict(export._tensors(folder))
     assert set(exported) == set(weights)
     for name in weights:
         assert torch.equal(exported[name], weights[name]), name

@@ -397,7 +397,8 @@ def runs(tiny_model, redis_url, tmp_path_factory):
         for _ in range(3):  # who is impatient spoils nothing
             broken.process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
-        assert broken.end() == 143, broken.log.read_text()[-4000:]
+        # The third may come when nothing is left to be done, and nobody to hear it.
+        assert broken.end() in (143, -signal.SIGTERM), broken.log.read_text()[-4000:]
         assert broken.depth().pending == 0 and broken.status()["state"] == "stopped"
         broken.push(3 * GROUPS_PER_STEP, STEPS * GROUPS_PER_STEP)
         assert broken.start("--resume").end() == 0, broken.log.read_text()[-4000:]
@@ -609,7 +610,9 @@ def test_where_a_folder_lets_a_run_begin(tiny_model, tmp_path):
     with pytest.raises(RecipeError, match="--resume-from: .*rlif.json cannot be read"):
         begin(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "num_hidden_layers": 5, "layer_types": ["full_attention"] * 5})
+    )
     with pytest.raises(RecipeError, match="--resume-from: .* has num_hidden_layers 5, .* has 2"):
         begin(folder)
     with pytest.raises(RecipeError, match="--resume-from: .* is not a model folder"):

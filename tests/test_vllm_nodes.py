@@ -36,8 +36,8 @@ def test_nodes_that_cannot_be_are_refused(settings, message, tmp_path):
         engine_settings(Settings(str(tmp_path), **settings))
 
 
-def test_the_command_refuses_them_too(tmp_path):
-    done = CliRunner().invoke(app, ["serve", "rollout", "--model", str(tmp_path), "--node-rank", "1"])
+def test_the_command_refuses_them_too(tiny_model):
+    done = CliRunner().invoke(app, ["serve", "rollout", "--model", str(tiny_model), "--node-rank", "1"])
     assert isinstance(done.exception, StartupError) and "--node-rank 1" in str(done.exception)
 
 

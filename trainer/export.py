@@ -99,7 +99,7 @@ def begin_from(folder: Path, recipe: Recipe) -> Progress:
         trust = recipe.model.trust_remote_code
         base = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, trust_remote_code=trust)
         given = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken configuration raises from several unrelated trees
         raise RecipeError(f"--resume-from: {folder} is not a model folder: {error}") from error
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
         here, there = getattr(base, key, None), getattr(given, key, None)

@@ -25,8 +25,8 @@ def test_a_dry_run_says_who_runs_where(tmp_path):
     done = CliRunner().invoke(app, ["launch", "ray", *arguments, "--nodes", "9"], catch_exceptions=False)
     assert "nodes 1-8: trainer, 64 ranks (8 GPUs a node)" in done.stdout
     assert not (tmp_path / "run").exists()
-    with pytest.raises(RecipeError, match="do not divide among 40 ranks"):
-        CliRunner().invoke(app, ["launch", "ray", *arguments, "--nodes", "6"], catch_exceptions=False)
+    with pytest.raises(RecipeError, match="896 completions leave some of 1192 ranks"):
+        CliRunner().invoke(app, ["launch", "ray", *arguments, "--nodes", "150"], catch_exceptions=False)
 
 
 # ---- a real Ray --------------------------------------------------------------------------------------------------
