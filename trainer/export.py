@@ -145,9 +145,11 @@ def _run_name(run_dir: Path) -> str | None:
 
 
 def _weights_dir(run_dir: Path) -> Path:
-    """Where the recipe put the weights, when the run's folder has the recipe."""
+    """Where the recipe put the weights, when the run's folder has the recipe; in that folder, wherever it is now,
+    unless the recipe says otherwise."""
     path = run_dir / "recipe.yaml"
-    return recipes.load(path).weights_dir if path.exists() else run_dir / "weights"
+    chosen = recipes.load(path).weights.dir if path.exists() else None
+    return chosen or run_dir / "weights"
 
 
 def _newest(directory: Path, sound: Callable[[Path], bool]) -> tuple[Version, Path] | None:
