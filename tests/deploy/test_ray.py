@@ -39,6 +39,19 @@ real = [
 ]
 
 
+@pytest.mark.ray
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is missing: pip install 'rlif[ray]'")
+def test_without_a_cluster_the_command_says_so(tmp_path, tiny_model):
+    """Before the others, which start one: `auto` would find it."""
+    recipe = write_recipe(tmp_path, tiny_model, steps=1)
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    argv = [*RLIF, "launch", "ray", str(recipe), "--nodes", "2", "--gpus-per-node", "0"]
+    for more in ([], ["--address", "127.0.0.1:9"]):
+        done = subprocess.run([*argv, *more], capture_output=True, text=True, timeout=120, cwd=ROOT, env=env)
+        assert done.returncode == 2, done.stderr
+        assert "no Ray cluster answers" in done.stderr.splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
 def cluster():
     from ray.cluster_utils import Cluster
@@ -141,15 +154,3 @@ class TestRealRay:
                 CliRunner().invoke(app, arguments, catch_exceptions=False)
         finally:
             ray.shutdown()
-
-
-@pytest.mark.ray
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is missing: pip install 'rlif[ray]'")
-def test_without_a_cluster_the_command_says_so(tmp_path, tiny_model):
-    recipe = write_recipe(tmp_path, tiny_model, steps=1)
-    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    argv = [*RLIF, "launch", "ray", str(recipe), "--nodes", "2", "--gpus-per-node", "0"]
-    for more in ([], ["--address", "127.0.0.1:9"]):
-        done = subprocess.run([*argv, *more], capture_output=True, text=True, timeout=120, cwd=ROOT, env=env)
-        assert done.returncode == 2, done.stderr
-        assert "no Ray cluster answers" in done.stderr.splitlines()[-1]
