@@ -174,15 +174,14 @@ def test_score_without_a_server_fails_with_its_address():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["reward", "rollout"])
-def test_damaged_model_files_are_one_line(tiny_model, tmp_path, kind):
+def test_damaged_model_files_are_one_line(tiny_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").write_bytes(b"\xff" * 5000)
-    line = refused("serve", kind, "--model", folder, "--port", 0)
+    line = refused("serve", "rollout", "--model", folder, "--port", 0)
     assert f"--model {folder}" in line and "Error while deserializing header" in line
     shutil.copytree(tiny_model, tmp_path / "mute", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
-    assert "no tokenizer" in refused("serve", kind, "--model", tmp_path / "mute", "--port", 0)
+    assert "no tokenizer" in refused("serve", "reward", "--model", tmp_path / "mute", "--port", 0)
 
 
 def test_giving_up_on_redis_is_one_line(monkeypatch, capsys):

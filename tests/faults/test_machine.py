@@ -7,7 +7,7 @@ import pytest
 from faults.disturbances import Machine, tear_newest
 from faults.faulty_run import Run, assert_unharmed, newest_weights, write_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 8
 
