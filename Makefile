@@ -63,7 +63,7 @@ test-nodes: $(VENV)/.setup ## Serve one vLLM engine from two nodes on this machi
 	$(BIN)/python -m pytest -m nodes $(ARGS)
 
 faults: $(VENV)/.setup ## Break whole runs at random: 50 kills, full and slow disk, clock jumps (half an hour; RLIF_FAULT_SEED=n).
-	$(BIN)/python -m pytest -m faults -s tests/faults $(ARGS)
+	$(BIN)/python -m pytest -m faults -s tests/faults tests/test_kill.py $(ARGS)
 
 test-slurm: $(VENV)/.setup ## Run jobs on a real Slurm of three nodes on this machine (needs slurm-wlm and munge).
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || { echo "test-slurm: Slurm is missing: apt-get install slurm-wlm munge"; exit 2; }

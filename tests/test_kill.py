@@ -48,6 +48,7 @@ def test_kill_nine_on_every_process(unbroken, tiny_model):
     assert_unharmed(run.dir, unbroken.dir)
 
 
+@pytest.mark.faults
 def test_a_killed_supervisor_is_resumed(unbroken, tiny_model):
     folder = unbroken.dir.parent
     recipe = write_recipe(folder, tiny_model, "resumed")

@@ -223,7 +223,7 @@ def ask_until_seen(url: str, run: Run) -> dict[str, list[dict[str, Any]]]:
         except httpx.TransportError:
             pass
         missing = [query for query in QUERIES if query != "ALERTS" and not answers.get(query)]
-        if not missing and {item["value"][1] for item in answers["up"]} == {"1"}:
+        if not missing and [item["value"][1] for item in answers["up"]] == ["1"] * len(PARTS):
             return answers
         assert time.monotonic() < ends, f"Prometheus has nothing for {missing}: {answers.get('up')}\n{run.screen()}"
         time.sleep(0.5)

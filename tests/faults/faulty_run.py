@@ -111,7 +111,8 @@ def newest_weights(run_dir: Path) -> Path:
     def version(path: Path) -> tuple[int, ...]:
         return tuple(int(part) for part in path.name.split("-"))
 
-    return max((path for path in (run_dir / "weights").iterdir() if (path / "manifest.json").exists()), key=version)
+    finished = [path for path in (run_dir / "weights").iterdir() if path.suffix != ".tmp"]
+    return max((path for path in finished if (path / "manifest.json").exists()), key=version)
 
 
 def final_weights(run_dir: Path) -> dict[str, bytes]:
