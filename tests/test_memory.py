@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import make_tiny_model
 from typer.testing import CliRunner
 
 from services import memory, recipe
@@ -64,6 +65,34 @@ def test_adapters_are_those_that_peft_makes(tiny_model):
     assert memory.shape(model).adapters(5, model.lora.targets) == learned
 
 
+@pytest.mark.parametrize(("dtype", "at_most"), [("float32", 1.02), ("bfloat16", 1.25)])
+def test_activations_are_what_the_backward_pass_keeps(tmp_path, dtype, at_most):
+    """Counted by autograd's own hooks, each storage once; in bfloat16 the estimate leaves room."""
+    import torch
+
+    from trainer import policy as policies
+    from trainer.packing import Family, Packed
+
+    model = recipe.Model(path=str(make_tiny_model(tmp_path, hidden=128, layers=6)), dtype=dtype)
+    policy, length = policies.load(model), 512
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+        return tensor
+
+    row = Packed(torch.randint(288, (1, length)), torch.arange(length)[None], (Family(length, ()),))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy.model.base_model(input_ids=row.input_ids, position_ids=row.position_ids, packed=row, use_cache=False)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    chosen = tree(tmp_path, dtype=dtype, micro_batch_tokens=length, zero_stage=2)
+    chosen["data"]["max_prompt_tokens"], chosen["rollout"]["sampling"]["max_tokens"] = length // 2, length // 2
+    estimate = memory.need(recipe.parse(chosen), memory.shape(model)).activations
+    assert 0.98 * found <= estimate <= at_most * found
+
+
 def test_a_7b_on_eight_ranks(qwen):
     """7.6e9 parameters: 2 + 12 + 4 bytes of each over 8 ranks, and a reference of 2."""
     found = need(qwen)
@@ -72,6 +101,9 @@ def test_a_7b_on_eight_ranks(qwen):
     assert found.optimizer == pytest.approx(7.62e9 * 12 / 8, rel=0.01)
     assert found.gradients == pytest.approx(7.62e9 * 4 / 8, rel=0.01)
     assert found.reference == pytest.approx(7.62e9 * 2 / 8, rel=0.01)
+    # The LM head's gradient in bfloat16, three float32 slices of logits, and hidden states with their gradients.
+    hidden = 16384 * 3584
+    assert found.head == pytest.approx(2 * 152064 * 3584 + 3 * 4 * memory.TILE + 2 * (2 + 4) * hidden, rel=0.01)
 
 
 def test_parts_follow_the_settings(qwen):
