@@ -25,7 +25,7 @@ def test_import_contracts():
 def test_the_trainer_names_no_reward():
     from reward_server.rewards import REWARDS
 
-    source = "\n".join(path.read_text() for path in (ROOT / "trainer").glob("*.py"))
+    source = "\n".join(path.read_text() for path in (ROOT / "trainer").rglob("*.py"))
     ordinary = ("constant", "format", "length", "margin", "random", "remote")  # words of any program
     names = [name for name in REWARDS if name not in ordinary]
     assert names
