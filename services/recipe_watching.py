@@ -1,10 +1,57 @@
-"""The sections of a recipe that watch the run: the collapse guard, and where numbers and samples go."""
+"""The sections of a recipe that watch the run: evaluation, the collapse guard, and where numbers and samples go."""
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from services.contract import Sampling
+from services.recipe_sections import Data
 from services.section import Section
+from services.spec import RewardSpec, RewardTerm
+
+
+class Evaluation(Section):
+    """Held-out tasks, answered and judged `every` so many steps (and before the first) by the run's own servers.
+
+    `rewards` judge: terms, or the name of a spec. `best` names the metric of the best checkpoint: `accuracy` (of the
+    first term that judges), `accuracy.<term>`, `value.<term>`, `length`, `stopped` or `auc`; higher is better unless
+    `best_is` says lowest. `sampling` none: the rollout's own; `samples` completions of each task. `certainty`: also
+    whether the model is surer of right answers (`auc`; needs a scorer).
+    """
+
+    data: Data
+    every: int = Field(ge=1)
+    rewards: str | list[RewardTerm]
+    samples: int = Field(1, ge=1, le=1024)
+    sampling: Sampling | None = None
+    certainty: bool = True
+    best: str = Field("accuracy", min_length=1)
+    best_is: Literal["highest", "lowest"] = "highest"
+    tasks_per_request: int = Field(8, ge=1, le=1024)
+    max_requests_in_flight: int = Field(2, ge=1)
+
+    @field_validator("rewards")
+    @classmethod
+    def spec_is_sound(cls, rewards: str | list[RewardTerm]) -> str | list[RewardTerm]:
+        if not rewards:
+            raise ValueError("list at least one judge, or name a spec")
+        if isinstance(rewards, list):
+            RewardSpec(rewards=rewards)
+        return rewards
+
+    @property
+    def spec(self) -> RewardSpec | None:
+        """As `Recipe.spec`, with self-certainty measured beside the judges."""
+        if isinstance(self.rewards, str):
+            return None
+        is_there = any(term.key == "self_certainty" for term in self.rewards)
+        more = [RewardTerm(name="self_certainty", weight=0.0)] if self.certainty and not is_there else []
+        return RewardSpec(rewards=[*self.rewards, *more])
+
+    @property
+    def judge(self) -> str:
+        """The term that `accuracy` is of."""
+        return self.rewards if isinstance(self.rewards, str) else self.rewards[0].key
 
 
 class Band(Section):

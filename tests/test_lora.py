@@ -16,7 +16,8 @@ from test_trainer import ENVIRONMENT, make_recipe
 from torch.func import functional_call
 
 from services import codec, recipe
-from services.recipe import Lora, Model, RecipeError
+from services.recipe import Model, RecipeError
+from services.recipe_sections import Lora
 from trainer import export, lora
 from trainer import policy as policies
 from trainer.engine import learning_rate

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from services import memory, recipe
 from services.cli.main import app
 from services.recipe import RecipeError
+from services.recipe_sections import Lora
 
 QWEN_7B = {
     "vocab_size": 152064,
@@ -60,7 +61,7 @@ def test_parameters_are_those_of_the_model(tmp_path, tied):
 def test_adapters_are_those_that_peft_makes(tiny_model):
     from trainer import policy as policies
 
-    model = recipe.Model(path=str(tiny_model), dtype="float32", lora=recipe.Lora(rank=5))
+    model = recipe.Model(path=str(tiny_model), dtype="float32", lora=Lora(rank=5))
     learned = sum(p.numel() for p in policies.load(model).parameters() if p.requires_grad)
     assert memory.shape(model).adapters(5, model.lora.targets) == learned
 

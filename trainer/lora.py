@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from services.recipe import Lora, RecipeError
+from services.recipe import RecipeError
+from services.recipe_sections import Lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

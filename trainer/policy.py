@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from services.model_folder import attention_for
-from services.recipe import Lora, Model, RecipeError
+from services.recipe import Model, RecipeError
+from services.recipe_sections import Lora
 from trainer import lora, packing
 from trainer.head import Head
 from trainer.packing import Packed
