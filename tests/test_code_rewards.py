@@ -20,9 +20,9 @@ from reward_server.sandbox.bubblewrap import Bubblewrap
 from reward_server.sandbox.provider import CaseResult
 from reward_server.sandbox.sandboxfusion import SandboxFusion
 from reward_server.workers import Turn, WorkerPool
+from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.contract import Reference, Task, TestCase
-from services.http import HttpSettings
 from services.startup import StartupError
 
 pytestmark = pytest.mark.alone

@@ -14,18 +14,21 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from prometheus_client import REGISTRY
 from served import served, two_free_ports
 
 from reward_server import app as reward_app
-from services import commands, http, recipe
+from services import commands, recipe
+from services.access import HttpSettings
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
 from services.clients import RewardClient
 from services.contract import Completion, ScoredGroup, Version, WeightVersion, group_seed
+from services.http import create_app
 from services.keys import Keys
 from services.orchestrator.progress import RunFailed
 from services.orchestrator.run import orchestrate
+from services.problem import Problem
 from services.queue import GroupQueue
 from services.redis import EmbeddedRedis, cancel, connect, connect_sync, insist
 from services.spec import RewardSpec
@@ -53,7 +56,7 @@ class RolloutServer:
         self.gate.set()
         self.running = 0
         self.most_running = 0
-        self.app = http.create_app("rollout", "0", http.HttpSettings(), ready=lambda: {})
+        self.app = create_app("rollout", "0", HttpSettings(), ready=lambda: {})
         self._routes(self.app)
 
     def _routes(self, app: FastAPI) -> None:
@@ -65,10 +68,10 @@ class RolloutServer:
         async def rollouts(body: RolloutsRequest) -> RolloutsResponse:
             self.batches.append(body)
             if self.forbidden:
-                raise http.Problem(403, "Forbidden")
+                raise Problem(403, "Forbidden")
             for place, request in enumerate(body.requests):
                 if self.refuse & {request.messages[-1].content, "everything"}:
-                    raise http.Problem(422, "Too long", "the prompt is too long", field=f"requests[{place}]")
+                    raise Problem(422, "Too long", "the prompt is too long", field=f"requests[{place}]")
             self.running += 1
             self.most_running = max(self.most_running, self.running)
             try:
@@ -221,7 +224,7 @@ class WebHook:
         async def hook(request: Request) -> dict:
             if not self.failed:
                 self.failed = True
-                raise http.HTTPException(503)
+                raise HTTPException(503)
             self.bodies.append(await request.json())
             self.headers.append(request.headers.get("authorization"))
             return {}
@@ -473,7 +476,7 @@ async def test_a_lost_spec_is_put_again(make_recipe, clean, rollouts, reward_ser
 async def test_a_token_that_is_refused_buries_nothing(make_recipe, clean, rollouts, monkeypatch):
     """The servers check it at once; a run whose token is withdrawn later ends before its groups are given up."""
     chosen = make_recipe()
-    settings = reward_app.Settings(http=http.HttpSettings(api_token="secret", admin_token="root"), verifier_workers=1)
+    settings = reward_app.Settings(http=HttpSettings(api_token="secret", admin_token="root"), verifier_workers=1)
     with served(reward_app.create(settings)) as url:
         async with running(chosen, clean, rollouts.url, url) as task:
             with pytest.raises(StartupError, match="cannot be used as a reward server: .*401 Token needed"):

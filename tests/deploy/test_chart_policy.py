@@ -25,7 +25,7 @@ from served import served
 from traffic import DNS, INTERNET, METADATA_SERVICE, PROMETHEUS, STRANGER, admits, ends
 
 from reward_server import app as reward_app
-from services.http import HttpSettings
+from services.access import HttpSettings
 
 every_case = pytest.mark.parametrize("case", CASES)
 SECRET_NAME = re.compile(r"TOKEN|PASSWORD|SECRET|_KEY$|REDIS_URL|REDISCLI_AUTH")

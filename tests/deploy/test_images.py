@@ -19,10 +19,11 @@ from served import served
 from typer.main import get_command
 
 from services import recipe
+from services.access import HttpSettings
 from services.cli import demo
 from services.cli.main import app
 from services.demo.base_model import make_demo_model
-from services.http import HttpSettings, create_app
+from services.http import create_app
 from services.startup import StartupError
 
 TARGETS = (*PARTS, "rollout-gpu", "reward-gpu", "trainer-gpu")
