@@ -49,7 +49,7 @@ def settings_from_environment(host: str) -> HttpSettings:
 
 
 def check_host(settings: HttpSettings, headers: Headers) -> None:
-    """Raises Problem: where no token is asked, a page could make its own name mean this machine and call as from here."""
+    """Raises Problem. Where no token is asked, a page could make its own name mean this machine: it would be obeyed."""
     given = headers.get("host")
     if settings.api_token or given is None:  # browsers always name the host
         return
