@@ -14,7 +14,7 @@ from services import commands, recipe
 from services.commands import Obeyed, RaiseBeta, RollBack, Stop
 from services.contract import Version
 from services.keys import Keys
-from services.orchestrator.guard import COLUMNS, Guard
+from services.orchestrator.guard import ACTIONS, COLUMNS, Guard
 from services.recipe_watching import Guard as Settings
 from services.redis import connect
 
@@ -102,6 +102,16 @@ async def test_a_collapse_is_ordered_back_to_before_it_began_and_a_second_one_st
         assert isinstance(again, Stop) and again.reason.startswith("again within 10 steps of a roll-back to step 5: ")
 
 
+async def test_of_several_alarms_the_first_step_that_was_out_counts(redis_url):
+    async with bench(redis_url, action="roll_back") as run:
+        await normal(run, 1, 6)
+        await run.step(7, length=2.0)
+        await run.step(8, distinct=0.1)
+        await run.step(9, length=2.0, distinct=0.1)
+        (back,) = await run.orders()
+        assert back.before == 7 and {alarm.since for alarm in run.guard.judge.raised} == {7, 8}
+
+
 async def test_a_later_collapse_is_ordered_back_again(redis_url):
     async with bench(redis_url, action="roll_back", again_within=10) as run:
         await normal(run, 1, 6)
@@ -133,7 +143,9 @@ async def test_a_restart_judges_the_same_history_and_tells_and_orders_nothing_tw
             ("length", 8, 7)
         ]
         async with bench(redis_url, name, **there) as again:
+            before = ACTIONS.labels("roll_back")._value.get()
             await again.take()
+            assert ACTIONS.labels("roll_back")._value.get() == before
             assert again.guard.step == 8 and again.guard.pending == orders[0].id
             assert (await again.orders(), await again.verdicts()) == (orders, verdicts)
             await again.obey(orders[0], step=5, lineage=1)

@@ -14,7 +14,7 @@ from services.contract import Version
 from services.queue import GroupQueue
 from services.redis import connect
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 300.0
 """A trainer starts in a few seconds; on a machine that does much else it takes minutes."""
 GUARD = {"action": "roll_back"}
