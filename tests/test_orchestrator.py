@@ -901,8 +901,36 @@ async def test_evaluation_of_exact_versions_names_the_best(make_recipe, clean, r
         for batch in rollouts.batches
     ]
     assert [len(batch) for batch in asked if batch] == [3, 1] * 3
+    # A server that does not serve the version yet has to wait for it.
+    versions = [{str(request.min_weight_version) for request in batch} for batch in asked if batch]
+    assert versions == [{"0.0"}] * 2 + [{"0.2"}] * 2 + [{"0.4"}] * 2
     assert len({request.sampling.seed for batch in asked for request in batch}) == 4
     assert set(trainer.staleness) == {0}
+
+
+@pytest.mark.parametrize(
+    ("best_is", "expected"), [("highest", [True, False, False, True]), ("lowest", [True, True, False, False])]
+)
+def test_the_best_is_better_than_all_before(make_recipe, best_is, expected):
+    judged = {"data": {"path": "x", "fields": {"prompt": "q"}}, "every": 1, "rewards": "math_verify"}
+    chosen = make_recipe(evaluation={**judged, "best": "length", "best_is": best_is})
+    evaluator = Evaluator(SimpleNamespace(recipe=chosen), chosen.evaluation, SimpleNamespace(tasks=[]))
+    found = []
+    for step, length in enumerate((5.0, 3.0, 3.0, 8.0)):
+        found.append(evaluator._is_best({"length": length}))
+        version = Version(version=step)
+        evaluator.results[step] = Result(
+            version=version,
+            oldest=None,
+            newest=None,
+            tasks=0,
+            failed=0,
+            metrics={"length": length},
+            best=False,
+            seconds=0,
+        )
+    assert found == expected
+    assert not evaluator._is_best({"accuracy": 1.0})  # the metric is missing
 
 
 async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(
