@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -26,6 +27,7 @@ from services.clients import RewardClient
 from services.contract import Completion, ScoredGroup, Version, WeightVersion, group_seed
 from services.http import create_app
 from services.keys import Keys
+from services.orchestrator.evaluation import Evaluator, Result
 from services.orchestrator.progress import RunFailed
 from services.orchestrator.run import orchestrate
 from services.problem import Problem
@@ -908,29 +910,51 @@ async def test_evaluation_of_exact_versions_names_the_best(make_recipe, clean, r
     assert set(trainer.staleness) == {0}
 
 
+def evaluator_of(make_recipe, redis=None, **evaluation) -> Evaluator:
+    """One without tasks; the run is of lineage 1."""
+    judged = {
+        "data": {"path": "x", "fields": {"prompt": "q"}},
+        "every": 10,
+        "rewards": "exact_match",
+        "certainty": False,
+    }
+    chosen = make_recipe(evaluation={**judged, **evaluation})
+    watch = SimpleNamespace(redis=redis, floor=1, extra={})
+    return Evaluator(SimpleNamespace(recipe=chosen, watch=watch), chosen.evaluation, SimpleNamespace(tasks=[]))
+
+
+def a_result(step: int, **metrics: float) -> Result:
+    none = {"oldest": None, "newest": None, "tasks": 0, "failed": 0, "best": False, "seconds": 0}
+    return Result(version=Version(lineage=1, version=step), metrics=metrics, **none)
+
+
 @pytest.mark.parametrize(
     ("best_is", "expected"), [("highest", [True, False, False, True]), ("lowest", [True, True, False, False])]
 )
 def test_the_best_is_better_than_all_before(make_recipe, best_is, expected):
-    judged = {"data": {"path": "x", "fields": {"prompt": "q"}}, "every": 1, "rewards": "math_verify"}
-    chosen = make_recipe(evaluation={**judged, "best": "length", "best_is": best_is})
-    evaluator = Evaluator(SimpleNamespace(recipe=chosen), chosen.evaluation, SimpleNamespace(tasks=[]))
+    evaluator = evaluator_of(make_recipe, best="length", best_is=best_is)
     found = []
     for step, length in enumerate((5.0, 3.0, 3.0, 8.0)):
         found.append(evaluator._is_best({"length": length}))
-        version = Version(version=step)
-        evaluator.results[step] = Result(
-            version=version,
-            oldest=None,
-            newest=None,
-            tasks=0,
-            failed=0,
-            metrics={"length": length},
-            best=False,
-            seconds=0,
-        )
+        evaluator.results[step] = a_result(step, length=length)
     assert found == expected
     assert not evaluator._is_best({"accuracy": 1.0})  # the metric is missing
+
+
+async def test_a_roll_back_forgets_what_it_undid_alone(make_recipe, clean):
+    async with connect(clean.url) as client:
+        evaluator = evaluator_of(make_recipe, client)
+        for step in (0, 2, 4):
+            await evaluator._note(a_result(step))
+        await evaluator.forget(after=2)
+        assert sorted(evaluator.results) == [0, 2]
+        await evaluator.load()
+        assert sorted(evaluator.results) == [0, 2]
+        # One of weights that were undone while they were evaluated is not noted.
+        await evaluator.evaluate(Version(lineage=0, version=4))
+        assert sorted(evaluator.results) == [0, 2]
+        await evaluator.evaluate(Version(lineage=1, version=3))
+        assert sorted(evaluator.results) == [0, 2, 3]
 
 
 async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(

@@ -6,13 +6,15 @@ import time
 
 import pytest
 import yaml
-from test_trainer import GROUPS_PER_STEP, STEPS, Run, read_steps, surviving
+from test_trainer import GROUPS_PER_STEP, STEPS, Run, make_recipe, read_steps, surviving
 
 from services import commands, recipe
 from services.commands import Evaluated, Finish, RaiseBeta, RollBack, Stop
 from services.contract import Version
 from services.queue import GroupQueue
 from services.redis import connect
+from trainer.checkpoint import Progress
+from trainer.obey import adjusted, obey
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 300.0
@@ -136,3 +138,12 @@ def test_a_stop_ends_with_a_checkpoint_and_the_reason(ordered):
     assert (ordered.dir / "stopped.txt").read_text() == "a test says so\n"
     kept = json.loads((ordered.dir / "checkpoints" / "3-3" / "state.json").read_text())
     assert (kept["orders"], kept["kl_beta"], kept["rate"]) == (4, 0.15, 0.5)
+
+
+@pytest.mark.parametrize(("before", "expected"), [(0.1, 0.2), (0.3, 0.5), (0.7, 0.7)])
+def test_a_raised_beta_is_capped_and_never_lowered(tmp_path, before, expected):
+    chosen = recipe.parse(make_recipe(tmp_path / "model", tmp_path, kl_beta=before))
+    progress = Progress()
+    effect = obey(RaiseBeta(id="a", factor=2.0, cap=0.5, reason="x"), chosen, progress, None)
+    assert adjusted(chosen.trainer, progress).kl_beta == pytest.approx(expected)
+    assert effect == f"kl_beta {before:g} -> {expected:g}"
