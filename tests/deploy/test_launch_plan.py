@@ -138,7 +138,7 @@ def test_a_node_that_nobody_joins_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(node, "MUSTER_SECONDS", 0.5)
     run_dir = filled(tmp_path, 2)
     with pytest.raises(StartupError, match="n1 sees nothing of node-1 in .*shared file system"):
-        node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", quiet)
+        node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", None, quiet)
     settled = json.loads((run_dir / "cluster" / "a" / "outcome.json").read_text())
     assert settled["code"] == 2
 
@@ -147,7 +147,7 @@ def test_a_node_without_the_runs_folder_says_so(tmp_path):
     with pytest.raises(
         StartupError, match="node n2: cannot read recipe .*run.dir has to be a folder that all nodes share"
     ):
-        node.run_node(tmp_path / "recipe.yaml", 2, 0, 1, "n2", "127.0.0.1", "a", quiet)
+        node.run_node(tmp_path / "recipe.yaml", 2, 0, 1, "n2", "127.0.0.1", "a", None, quiet)
 
 
 @pytest.mark.usefixtures("own_environment")
@@ -156,7 +156,7 @@ def test_a_second_start_of_a_run_is_refused(tmp_path):
 
     run_dir = filled(tmp_path, 2)
     with only_one(run_dir), pytest.raises(StartupError, match="another"):
-        node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", quiet)
+        node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", None, quiet)
     with pytest.raises(Ended, match="node n1"):  # what the other nodes learn
         Board(run_dir, "a").gather(["node-0"], 60)
 
