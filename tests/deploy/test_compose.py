@@ -146,7 +146,10 @@ def test_the_parts_of_a_run_agree(path, gpu, inside):
         assert not gpu or networks["default"]["aliases"] == [part]
     trained = recipes["trainer"]
     assert (str(trained.run.dir), str(trained.weights_dir)) == ("runs/second", "weights/second")
-    assert parsed(arguments(services[f"trainer{gpu}"]))[1]["resume"] is True
+    given = parsed(arguments(services[f"trainer{gpu}"]))[1]
+    assert given["resume"] is True and given["resume_from"] is None
+    begun = arguments(composed(RESUME_FROM="cache/base", RECIPE=path)[f"trainer{gpu}"])
+    assert parsed(begun)[1]["resume_from"] == Path("cache/base") and parsed(begun)[1]["resume"] is True
     assert told.tracking.metrics_port == trained.tracking.metrics_port
     if gpu:
         devices = {

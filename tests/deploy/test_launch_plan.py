@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,13 @@ def own_environment(monkeypatch):
         monkeypatch.setenv(name, "")  # put back at the end, whatever the test sets
 
 
+def test_a_run_that_the_guard_stopped_has_failed(tmp_path):
+    assert node._end(tmp_path, 0) == (0, "training is done")
+    (tmp_path / "stopped.txt").write_text("step 7: entropy is 0.1\n")
+    assert node._end(tmp_path, 0) == (1, "stopped by the collapse guard: step 7: entropy is 0.1")
+    assert node._end(tmp_path, 143)[0] == 143
+
+
 @pytest.mark.usefixtures("own_environment")
 def test_a_node_that_nobody_joins_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(node, "MUSTER_SECONDS", 0.5)
@@ -195,6 +203,8 @@ def test_the_trainers_meet_at_the_first_trainer_node(tmp_path):
     at = ["--leader", "10.0.0.2:2000"]
     assert first[-6:] == ["--nodes", "2", "--node-rank", "0", *at]
     assert second[-6:] == ["--nodes", "2", "--node-rank", "1", *at]
+    begun = replace(workplace(run_dir, 1), resume_from=Path("/models/base")).services()[0].argv
+    assert begun[begun.index("--resume") + 1 :] == ["--resume-from", "/models/base", *first[-6:]]
     orchestrator = workplace(run_dir, 0).services()[-1]
     assert orchestrator.argv[-2:] == ["rollout.urls=[http://10.0.0.1:1001]", "scorer.urls=[http://10.0.0.1:1002]"]
 
