@@ -874,10 +874,8 @@ async def test_evaluation_of_exact_versions_names_the_best(make_recipe, clean, r
         "certainty": False,
         "tasks_per_request": 3,
     }
-    (tmp_path / "run").mkdir()
     chosen = make_recipe(
         evaluation=evaluation,
-        run__dir=str(tmp_path / "run"),
         run__deterministic=True,
         pacing__max_staleness=0,
         trainer__steps=4,
@@ -890,14 +888,13 @@ async def test_evaluation_of_exact_versions_names_the_best(make_recipe, clean, r
         await obey(trainer, await answer(trainer, "finish"))
         assert await over(task) == 0
     orders = await commands.after(trainer.queue.redis, trainer.run, 0)
-    assert [(order.kind, str(getattr(order, "version", ""))) for order in orders] == [
-        ("evaluated", "0.0"), ("evaluated", "0.2"), ("evaluated", "0.4"), ("finish", ""),
-    ]  # fmt: skip
-    assert [order.best for order in orders[:3]] == [True, False, False]  # the same answers each time
+    assert [order.kind for order in orders] == ["evaluated"] * 3 + ["finish"]
+    results = [order.result for order in orders[:3]]
+    assert [str(result.version) for result in results] == ["0.0", "0.2", "0.4"]
+    assert [result.best for result in results] == [True, False, False]  # the same answers each time
     # Numbers 0, 1 and 2 are said to each task: three of the four have one right answer of three.
-    assert orders[0].numbers["accuracy"] == orders[0].numbers["accuracy.exact_match"] == pytest.approx(0.25)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
-    assert all(line["oldest"] == line["newest"] == line["version"] and line["failed"] == 0 for line in lines)
+    assert results[0].metrics["accuracy"] == results[0].metrics["accuracy.exact_match"] == pytest.approx(0.25)
+    assert all(result.oldest == result.newest == result.version and result.failed == 0 for result in results)
     asked = [
         [request for request in batch.requests if request.messages[-1].content.startswith("tell")]
         for batch in rollouts.batches
@@ -974,7 +971,7 @@ async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(
     async with running(chosen, clean, rollouts.url, reward_server) as task:
         await trainer.start()
         first = await answer(trainer, "evaluated")
-        assert first.numbers["value.exact_match"] == 0.0 and first.best
+        assert first.result.metrics["value.exact_match"] == 0.0 and first.result.best
         await trainer.train(STEPS)
         await obey(trainer, await answer(trainer, "finish"))
         assert await over(task) == 0
