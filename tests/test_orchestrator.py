@@ -27,7 +27,7 @@ from services.clients import RewardClient
 from services.contract import Completion, ScoredGroup, Version, WeightVersion, group_seed
 from services.http import create_app
 from services.keys import Keys
-from services.orchestrator.evaluation import Evaluator, Result
+from services.orchestrator.evaluation import Evaluator
 from services.orchestrator.progress import RunFailed
 from services.orchestrator.run import orchestrate
 from services.problem import Problem
@@ -920,9 +920,9 @@ def evaluator_of(make_recipe, redis=None, **evaluation) -> Evaluator:
     return Evaluator(SimpleNamespace(recipe=chosen, watch=watch), chosen.evaluation, SimpleNamespace(tasks=[]))
 
 
-def a_result(step: int, **metrics: float) -> Result:
+def a_result(step: int, **metrics: float) -> commands.EvaluationResult:
     none = {"oldest": None, "newest": None, "tasks": 0, "failed": 0, "best": False, "seconds": 0}
-    return Result(version=Version(lineage=1, version=step), metrics=metrics, **none)
+    return commands.EvaluationResult(version=Version(lineage=1, version=step), metrics=metrics, **none)
 
 
 @pytest.mark.parametrize(
