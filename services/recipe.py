@@ -64,7 +64,8 @@ class Recipe(Section):
                 f"combine: the spec {self.rewards!r} brings its own; list the rewards to combine them anew"
             )
         if isinstance(self.rewards, list) and not any(
-            term.weight and (term.sources is None or self.data.source in term.sources) for term in self.rewards
+            term.weight and (term.sources is None or self.data.names_sources or self.data.source in term.sources)
+            for term in self.rewards
         ):
             raise ValueError(
                 f"rewards: none has a weight other than 0 for tasks of data.source {self.data.source!r}: "
@@ -185,7 +186,7 @@ def _valid_here(location: tuple[int | str, ...]) -> str:
     return f"; valid keys here: {', '.join(names)}" if names else ""
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     lines = []
     for fault in error.errors(include_url=False):
         key = ".".join(str(part) for part in fault["loc"]) or "recipe"
@@ -211,7 +212,7 @@ def parse(tree: Any, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        raise RecipeError(explain(error)) from error
 
 
 def redis_url(recipe: Recipe) -> str | None:
