@@ -229,15 +229,49 @@ def redis_url(recipe: Recipe) -> str | None:
         raise RecipeError(f"RLIF_REDIS_URL: {error}") from None
 
 
-def load(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file, with `key.sub=value` overrides (values in YAML). Raises RecipeError."""
+def _read(path: Path) -> Any:
     try:
-        tree = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
-    return parse(tree, overrides)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; any other value, lists too, takes the place of the base's."""
+    made = dict(base)
+    for key, value in changes.items():
+        below = made.get(key)
+        made[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return made
+
+
+def read(path: Path) -> Any:
+    """A recipe file's tree. One that `extends: OTHER.yaml` (beside it) is that recipe with its own keys merged in.
+
+    Raises RecipeError.
+    """
+    tree = _read(path)
+    seen = [path]
+    while isinstance(tree, dict) and "extends" in tree:
+        name = tree.pop("extends")
+        if not isinstance(name, str) or not name:
+            raise RecipeError(f"{seen[-1]}: extends: names one other recipe file (got {name!r:.80})")
+        base_path = seen[-1].parent / name
+        if base_path.resolve() in [one.resolve() for one in seen]:
+            raise RecipeError(f"{path}: extends: goes in a circle: {' -> '.join(map(str, [*seen, base_path]))}")
+        seen.append(base_path)
+        base = _read(base_path)
+        if not isinstance(base, dict):
+            raise RecipeError(f"{base_path}: is no YAML mapping to extend")
+        tree = merged(base, tree)
+    return tree
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, with `key.sub=value` overrides (values in YAML). Raises RecipeError."""
+    return parse(read(path), overrides)
 
 
 def dump(recipe: Recipe) -> str:
