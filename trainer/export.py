@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from services import recipe as recipes
 from services.contract import Version, WeightVersion
+from services.model_folder import model_folder
 from services.recipe import Model, Recipe, RecipeError
 from services.startup import StartupError
 from services.steps import StepsError, read_steps
@@ -39,7 +41,8 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     if out_dir.exists() and any(out_dir.iterdir()):
         raise RecipeError(f"{out_dir} is not empty; choose a new folder")
-    published = _newest(_weights_dir(run_dir), lambda path: (path / "manifest.json").exists() and _sound(path))
+    base = _base(run_dir)
+    published = _newest(_weights_dir(run_dir), lambda path: (path / "manifest.json").exists() and _sound(path, base))
     saved = _newest(run_dir / "checkpoints", checkpoint.sound)
     if published is None and saved is None:
         raise RecipeError(f"{run_dir} holds neither published weights nor a checkpoint")
@@ -48,7 +51,7 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     if saved is None or (published is not None and published[0] >= saved[0]):
         assert published is not None
         version, folder = published
-        with whole(_manifest(folder)) as model:
+        with whole(_manifest(folder), base) as model:
             shutil.copytree(model, aside, ignore=shutil.ignore_patterns("manifest.json", ABOUT, "README.md"))
     else:
         version, folder = saved
@@ -165,12 +168,22 @@ def _manifest(folder: Path) -> WeightVersion:
     return weights.model_copy(update={"location": str(folder)})  # the run may have been moved
 
 
-def _sound(folder: Path) -> bool:
+def _sound(folder: Path, base: Callable[[], Path] | None) -> bool:
     try:
-        with whole(_manifest(folder)):
+        with whole(_manifest(folder), base):
             return True
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        log.warning("%s is passed over: %s", folder, error)
         return False
+
+
+def _base(run_dir: Path) -> Callable[[], Path] | None:
+    """What gives the folder of the model that a run's adapters are added to."""
+    path = run_dir / "recipe.yaml"
+    if not path.exists():
+        return None
+    model = recipes.load(path).model
+    return partial(model_folder, model.path, model.revision)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

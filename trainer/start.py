@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from services.commands import RollBack
-from services.recipe import Recipe
+from services.recipe import Recipe, RecipeError
 from trainer import checkpoint, export
 from trainer.checkpoint import Progress
 from trainer.feed import Feed
@@ -39,6 +39,11 @@ def find(recipe: Recipe, resume: bool, resume_from: Path | None, ranks: Ranks) -
             path, progress = found
             start = Start(str(path), "", progress, export.trained_groups(run_dir, progress.step))
         elif resume_from is not None:
+            if recipe.model.lora is not None:
+                raise RecipeError(
+                    f"--resume-from: adapters (model.lora) are added to model.path by every server; to train them on "
+                    f"{resume_from}, begin a run of another name with model.path={resume_from}"
+                )
             progress = export.begin_from(resume_from, recipe)
             start = Start("", str(resume_from), progress, export.trained_before(resume_from) if progress.step else [])
         else:

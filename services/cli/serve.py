@@ -216,10 +216,11 @@ def rollout(
     if chosen is None and model is None:
         raise StartupError("--model: give a Hugging Face name or a local folder (or --recipe)")
     _check_choice("--engine", engine, ("transformers", "vllm"))
-    if chosen and nodes > 1 and chosen.weights.transport == "delta" and chosen.weights.mirror_dir is None:
+    has_mirror = chosen and (chosen.weights.transport == "delta" or chosen.model.lora is not None)
+    if chosen and has_mirror and nodes > 1 and chosen.weights.mirror_dir is None:
         raise StartupError(
-            "weights.mirror_dir: with transport: delta and an engine over several nodes, name a folder that all of "
-            "them see at the same path"
+            "weights.mirror_dir: with transport: delta or model.lora, and an engine over several nodes, name a folder "
+            "that all of them see at the same path"
         )
     _limit_threads(chosen.rollout.threads if chosen else threads)
     check_local(chosen.model.path if chosen else str(model), "model.path" if chosen else "--model")

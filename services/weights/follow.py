@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Load = Callable[[Version, Path], Awaitable[None]]
 
 BEAT_SECONDS = 2.0
-PHASES = {"disk": "verify", "delta": "patch"}
+PHASES = {"disk": "verify", "delta": "patch", "adapter": "merge"}
 """The transports, and what the time is called that a version of each takes before it can be loaded."""
 REDIS_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
@@ -43,7 +43,8 @@ class Follower:
     A version is first checked byte by byte against its manifest (in a thread), then `load(version, directory)` is
     awaited; `load` has to leave the old weights serving when it raises. A version that is damaged or does not load is
     refused: the old one stays, and it is tried again with growing pauses, since a shared disk may lag behind redis.
-    Deltas are applied to a copy of the weights in `mirror_dir` (none: the system's folder for temporary files).
+    Deltas are applied to a copy of the weights in `mirror_dir` (none: the system's folder for temporary files), and
+    adapters are merged there into a copy of the model whose folder `base` returns.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Follower:
         load: Load,
         poll_seconds: float = 0.2,
         mirror_dir: Path | None = None,
+        base: Callable[[], Path] | None = None,
     ):
         self.run_id, self.replica, self.service, self.url = run_id, replica, service, url
-        self.load, self.poll_seconds, self.mirror_dir = load, poll_seconds, mirror_dir
+        self.load, self.poll_seconds, self.mirror_dir, self.base = load, poll_seconds, mirror_dir, base
         self._mirror: Mirror | None = None
         self.version: Version | None = None
         """What is served; none while that is still the model the server started with."""
@@ -147,7 +149,7 @@ class Follower:
 
     async def _take(self, weights: WeightVersion) -> None:
         if weights.transport not in PHASES:
-            known = " and ".join(PHASES)
+            known = ", ".join(PHASES)
             return self._refuse(weights.id, f"transport {weights.transport!r} is not known here, only {known}")
         from services.weights.disk import DamagedWeights
 
@@ -183,11 +185,11 @@ class Follower:
         from services.weights import disk
         from services.weights.mirror import Mirror
 
-        if weights.base is None:
+        if weights.transport == "disk":
             disk.verify(Path(weights.location), weights.manifest)
             return Path(weights.location)
         if self._mirror is None:
-            self._mirror = Mirror(self.mirror_dir, f"{self.run_id}-{self.replica}")
+            self._mirror = Mirror(self.mirror_dir, f"{self.run_id}-{self.replica}", self.base)
         return self._mirror.reach(weights)
 
     def _refuse(self, version: Version, reason: str) -> None:

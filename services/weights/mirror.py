@@ -1,5 +1,5 @@
 """A model folder of this process's own, brought from version to version in place: what deltas are made against and
-applied to."""
+applied to, and where adapters are merged."""
 
 import fcntl
 import json
@@ -9,14 +9,16 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
 
-from services.contract import Version, WeightVersion
+from services.contract import Adapter, Version, WeightVersion
+from services.startup import StartupError
+from services.weights import adapter as adapters
 from services.weights import delta, disk
 from services.weights.disk import DamagedWeights
 
@@ -26,9 +28,10 @@ log = logging.getLogger(__name__)
 class Mirror:
     """`path` holds the weights of `version` (none: nothing that can be relied on). It lies in `parent` (none: the
     system's folder for temporary files), needs the model's size there, and goes with `close` or the process; what a
-    killed process of the same `label` left there is removed. Not thread-safe. Raises OSError."""
+    killed process of the same `label` left there is removed. `base` gives the folder of the model that adapters are
+    added to. Not thread-safe. Raises OSError."""
 
-    def __init__(self, parent: Path | None, label: str):
+    def __init__(self, parent: Path | None, label: str, base: Callable[[], Path] | None = None):
         place = Path(parent or tempfile.gettempdir())
         place.mkdir(parents=True, exist_ok=True)
         prefix = f"rlif-{label}-"
@@ -40,12 +43,15 @@ class Mirror:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._remove = weakref.finalize(self, _remove, self.path, self._lock)
         self.version: Version | None = None
+        self._base = base
+        self._bases: dict[str, str] = {}
+        """The base model's checksum by dtype."""
+        self._merged: tuple[Adapter, frozenset[str]] | None = None
+        """What the folder's base is, and which tensors are in place of the base's; none where it is no base."""
 
     def fill(self, folder: Path, version: Version) -> None:
         """Become a copy of a model folder. Raises OSError."""
-        self.version = None
-        for file in self.path.iterdir():
-            file.unlink()
+        self._empty()
         for file in folder.iterdir():
             if file.is_file() and file.name != "manifest.json":
                 shutil.copyfile(file, self.path / file.name)
@@ -69,8 +75,11 @@ class Mirror:
         return found
 
     def reach(self, weights: WeightVersion) -> Path:
-        """Become `weights` (of transport `delta`), by the versions since this one or since the newest snapshot before
-        it; every tensor is checked. Returns the folder. Raises DamagedWeights, OSError."""
+        """Become `weights`: a `delta` by the versions since this one or since the newest snapshot, after which every
+        tensor is checked; an `adapter` from the base model. Returns the folder. Raises DamagedWeights, OSError."""
+        if weights.adapter is not None:
+            self._merge(weights, weights.adapter)
+            return self.path
         if self.version is not None and self.version != weights.id:
             try:
                 return self._follow(weights)
@@ -92,23 +101,67 @@ class Mirror:
         self.version = weights.id
         return self.path
 
+    def _merge(self, weights: WeightVersion, adapter: Adapter) -> None:
+        base = self._base_folder()
+        stands = adapter, frozenset(entry.name for entry in weights.manifest)
+        if self._merged != stands:
+            self._become_base(base, adapter)
+            self._merged = stands
+        self.version = None
+        adapters.apply(Path(weights.location), weights.manifest, adapter, base, self.tensors())
+        self.version = weights.id
+
+    def _base_folder(self) -> Path:
+        if self._base is None:
+            raise DamagedWeights("there is no model here that adapters could be added to")
+        try:
+            return self._base()
+        except StartupError as error:
+            raise DamagedWeights(str(error)) from error
+
+    def _become_base(self, base: Path, adapter: Adapter) -> None:
+        if self._bases.get(adapter.dtype, adapter.base) == adapter.base:
+            self._empty()
+            entries = disk.write_tensors(self.path, adapters.base_tensors(base, adapter.dtype))
+            disk.copy_config(base, self.path, entries)
+            self._bases[adapter.dtype] = adapters.checksum(entries)
+        if self._bases[adapter.dtype] != adapter.base:
+            raise DamagedWeights(
+                f"the adapters are for another model than {base}, whose weights in {adapter.dtype} have the checksum "
+                f"{self._bases[adapter.dtype]}, not {adapter.base}"
+            )
+
+    def _empty(self) -> None:
+        self.version, self._merged = None, None
+        for file in self.path.iterdir():
+            file.unlink()
+
     def close(self) -> None:
         self._remove()
 
 
 @contextmanager
-def whole(weights: WeightVersion) -> Iterator[Path]:
-    """A model folder of a published version, every tensor checked, for as long as the context lasts. Raises
-    DamagedWeights, OSError."""
-    if weights.base is None:
+def whole(weights: WeightVersion, base: Callable[[], Path] | None = None) -> Iterator[Path]:
+    """A model folder of a published version, every tensor checked, for as long as the context lasts; of one of adapters
+    by their `base` model. Raises DamagedWeights, OSError."""
+    if weights.transport == "disk":
         disk.verify(Path(weights.location), weights.manifest)
         yield Path(weights.location)
         return
-    mirror = Mirror(None, f"{weights.run_id}-whole")
+    mirror = Mirror(None, f"{weights.run_id}-whole", base)
     try:
         yield mirror.reach(weights)
     finally:
         mirror.close()
+
+
+def check(weights: WeightVersion) -> None:
+    """Whether what was published of a version is sound. Raises DamagedWeights, OSError."""
+    if weights.adapter is not None:
+        disk.verify(Path(weights.location), weights.manifest)
+        return
+    with whole(weights):
+        pass
 
 
 def _chain(weights: WeightVersion, have: Version | None) -> list[WeightVersion]:

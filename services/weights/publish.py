@@ -12,9 +12,10 @@ import torch
 from prometheus_client import Counter, Gauge
 from redis import Redis
 
-from services.contract import TensorEntry, Version, WeightVersion
+from services.contract import Adapter, TensorEntry, Version, WeightVersion
 from services.recipe import Recipe
 from services.redis import insist_sync
+from services.weights import adapter as adapters
 from services.weights import delta, disk, pointer
 from services.weights.mirror import Mirror
 from services.weights.seconds import SECONDS
@@ -26,7 +27,9 @@ Result = TypeVar("Result")
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
 
 PUBLISHED = Gauge("rlif_weight_published_version", "Newest version this trainer published", ["run"])
-BYTES = Counter("rlif_weight_published_bytes_total", "Bytes of published weights: disk (whole), delta", ["transport"])
+BYTES = Counter(
+    "rlif_weight_published_bytes_total", "Bytes of published weights: disk (whole), delta, adapter", ["transport"]
+)
 
 
 class Superseded(Exception):
@@ -79,13 +82,18 @@ class Publisher:
         )
 
     def publish(
-        self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]], config_dir: Path | None = None
+        self,
+        version: Version,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        config_dir: Path | None = None,
+        adapter: Adapter | None = None,
     ) -> WeightVersion:
         """Publish (name, tensor) pairs, which are consumed as they are written, as `version`.
 
         `config_dir` is a Hugging Face folder whose configuration and tokenizer files make the published folder a
-        loadable model. Raises Superseded (before anything is written, or when it became so meanwhile), OSError from the
-        disk, and services.redis.DeadlineExceeded.
+        loadable model. With an `adapter`, the tensors are A and B of its layers, and all that is published. Raises
+        Superseded (before anything is written, or when it became so meanwhile), OSError from the disk, and
+        services.redis.DeadlineExceeded.
         """
         started = time.monotonic()
         self._check_newer(version)
@@ -97,16 +105,20 @@ class Publisher:
         base, self._base = self._base, None  # again when the mirror is known to be this version
         if self._since_snapshot + 1 >= self.snapshot_every:
             base = None
-        manifest = self._write(draft, tensors, config_dir, version, base)
+        if adapter is None:
+            manifest = self._write(draft, tensors, config_dir, version, base)
+        else:
+            manifest = disk.write_tensors(draft, tensors, stem=adapters.STEM)
         weights = WeightVersion(
             run_id=self.run_id,
             lineage=version.lineage,
             version=version.version,
-            transport="disk" if base is None else "delta",
+            transport="adapter" if adapter else "delta" if base else "disk",
             location=str(target),
             manifest=manifest,
             created_at=time.time(),
             base=base.id if base else None,
+            adapter=adapter,
         )
         (draft / "manifest.json").write_text(weights.model_dump_json(indent=1))
         disk.sync(draft / "manifest.json")
@@ -120,7 +132,8 @@ class Publisher:
                 f"run {self.run_id}: weights {version} are outdated, a newer version was published meanwhile"
             )
         ended = time.monotonic()
-        self._base, self._since_snapshot = weights, self._since_snapshot + 1 if base else 0
+        if adapter is None:
+            self._base, self._since_snapshot = weights, self._since_snapshot + 1 if base else 0
         self._clean()
         size = sum(file.stat().st_size for file in target.iterdir() if file.name != "manifest.json")
         BYTES.labels(weights.transport).inc(size)
