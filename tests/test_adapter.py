@@ -20,6 +20,7 @@ from tiny import make_tiny_model
 
 from services import recipe
 from services.contract import Version
+from services.recipe import RecipeError
 from services.recipe_sections import Lora
 from services.redis import connect_sync
 from services.weights import adapter as adapters
@@ -29,7 +30,9 @@ from services.weights.mirror import Mirror
 from services.weights.publish import BYTES, Publisher
 from trainer import lora
 from trainer import policy as policies
+from trainer import start as starts
 from trainer.export import export
+from trainer.ranks import Ranks
 
 V = Version
 
@@ -296,3 +299,10 @@ def test_adapters_are_exported_as_a_whole_model(publisher, trained, tiny_model, 
     assert export(run, tmp_path / "out") == V(version=7)
     assert same(load_file(tmp_path / "out" / "model.safetensors"), merged(policy, model))
     assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_merged_model_is_not_what_adapters_go_on_from(tiny_model, tmp_path):
+    tree = make_recipe(tiny_model, tmp_path / "run")
+    tree["model"]["lora"] = SETTINGS
+    with pytest.raises(RecipeError, match=r"--resume-from: adapters \(model.lora\) are added to model.path by every"):
+        starts.find(recipe.parse(tree), False, tiny_model, Ranks(0, 1, torch.device("cpu")))
