@@ -20,7 +20,8 @@ from services.recipe import Model, Recipe, RecipeError
 from services.startup import StartupError
 from services.steps import StepsError, read_steps
 from services.weights import disk
-from services.weights.mirror import whole
+from services.weights.mirror import version_at, whole
+from services.weights.store import MANIFEST, store_at
 from trainer import card, checkpoint, pieces
 from trainer import policy as policies
 from trainer.checkpoint import Progress
@@ -42,7 +43,7 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     if out_dir.exists() and any(out_dir.iterdir()):
         raise RecipeError(f"{out_dir} is not empty; choose a new folder")
     base = _base(run_dir)
-    published = _newest(_weights_dir(run_dir), lambda path: (path / "manifest.json").exists() and _sound(path, base))
+    published = _published(_weights_dir(run_dir), base)
     saved = _newest(run_dir / "checkpoints", checkpoint.sound)
     if published is None and saved is None:
         raise RecipeError(f"{run_dir} holds neither published weights nor a checkpoint")
@@ -50,9 +51,9 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     shutil.rmtree(aside, ignore_errors=True)
     if saved is None or (published is not None and published[0] >= saved[0]):
         assert published is not None
-        version, folder = published
-        with whole(_manifest(folder), base) as model:
-            shutil.copytree(model, aside, ignore=shutil.ignore_patterns("manifest.json", ABOUT, "README.md"))
+        version, weights = published
+        with whole(weights, base) as model:
+            shutil.copytree(model, aside, ignore=shutil.ignore_patterns(MANIFEST, ABOUT, "README.md"))
     else:
         version, folder = saved
         aside.mkdir(parents=True)
@@ -147,7 +148,7 @@ def _run_name(run_dir: Path) -> str | None:
     return recipes.load(path).run.name if path.exists() else None
 
 
-def _weights_dir(run_dir: Path) -> Path:
+def _weights_dir(run_dir: Path) -> Path | str:
     """Where the recipe put the weights, when the run's folder has the recipe; in that folder, wherever it is now,
     unless the recipe says otherwise."""
     path = run_dir / "recipe.yaml"
@@ -163,18 +164,19 @@ def _newest(directory: Path, sound: Callable[[Path], bool]) -> tuple[Version, Pa
     return next((item for item in sorted(found, reverse=True) if sound(item[1])), None)
 
 
-def _manifest(folder: Path) -> WeightVersion:
-    weights = WeightVersion.model_validate_json((folder / "manifest.json").read_bytes())
-    return weights.model_copy(update={"location": str(folder)})  # the run may have been moved
-
-
-def _sound(folder: Path, base: Callable[[], Path] | None) -> bool:
-    try:
-        with whole(_manifest(folder), base):
-            return True
-    except (OSError, ValueError) as error:
-        log.warning("%s is passed over: %s", folder, error)
-        return False
+def _published(place: Path | str, base: Callable[[], Path] | None) -> tuple[Version, WeightVersion] | None:
+    """The newest published version that is sound."""
+    store = store_at(place)
+    for version, files in reversed(store.versions()):
+        location = store.location(f"{version.lineage}-{version.version}")
+        if MANIFEST in files:
+            try:
+                weights = version_at(location)
+                with whole(weights, base):
+                    return version, weights
+            except (OSError, ValueError, StartupError) as error:
+                log.warning("%s is passed over: %s", location, error)
+    return None
 
 
 def _base(run_dir: Path) -> Callable[[], Path] | None:

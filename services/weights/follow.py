@@ -16,8 +16,10 @@ from services import traces
 from services.contract import Version, WeightVersion
 from services.keys import Keys
 from services.redis import PASSING, DeadlineExceeded, cancel, connect
+from services.startup import StartupError
 from services.weights import pointer
 from services.weights.seconds import SECONDS
+from services.weights.store import is_url
 
 if TYPE_CHECKING:
     from services.weights.mirror import Mirror
@@ -43,8 +45,9 @@ class Follower:
     A version is first checked byte by byte against its manifest (in a thread), then `load(version, directory)` is
     awaited; `load` has to leave the old weights serving when it raises. A version that is damaged or does not load is
     refused: the old one stays, and it is tried again with growing pauses, since a shared disk may lag behind redis.
-    Deltas are applied to a copy of the weights in `mirror_dir` (none: the system's folder for temporary files), and
-    adapters are merged there into a copy of the model whose folder `base` returns.
+    Deltas are applied to a copy of the weights in `mirror_dir` (none: the system's folder for temporary files), what
+    lies in a bucket is fetched to there, and adapters are merged there into a copy of the model whose folder `base`
+    returns.
     """
 
     def __init__(
@@ -157,7 +160,7 @@ class Follower:
         try:
             self._loading = asyncio.ensure_future(asyncio.to_thread(self._whole, weights))
             directory = await asyncio.shield(self._loading)
-        except (DamagedWeights, OSError) as error:
+        except (DamagedWeights, OSError, StartupError) as error:
             if await pointer.newest_version(self._redis, self.run_id) == weights.id:  # else it is gone for good reason
                 self._refuse(weights.id, str(error))
             return
@@ -181,11 +184,11 @@ class Follower:
         await self._beat()
 
     def _whole(self, weights: WeightVersion) -> Path:
-        """A model folder of these weights, every byte of it checked. Raises DamagedWeights, OSError."""
+        """A model folder of these weights, every byte of it checked. Raises DamagedWeights, OSError, StartupError."""
         from services.weights import disk
         from services.weights.mirror import Mirror
 
-        if weights.transport == "disk":
+        if weights.transport == "disk" and not is_url(weights.location):
             disk.verify(Path(weights.location), weights.manifest)
             return Path(weights.location)
         if self._mirror is None:

@@ -17,10 +17,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from services.contract import Adapter, Version, WeightVersion
-from services.startup import StartupError
 from services.weights import adapter as adapters
 from services.weights import delta, disk
 from services.weights.disk import DamagedWeights
+from services.weights.store import MANIFEST, at_hand, is_url, store_of
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +49,11 @@ class Mirror:
         self._merged: tuple[Adapter, frozenset[str]] | None = None
         """What the folder's base is, and which tensors are in place of the base's; none where it is no base."""
 
-    def fill(self, folder: Path, version: Version) -> None:
-        """Become a copy of a model folder. Raises OSError."""
+    def fill(self, location: str | Path, version: Version) -> None:
+        """Become a copy of a whole version's files. Raises OSError."""
         self._empty()
-        for file in folder.iterdir():
-            if file.is_file() and file.name != "manifest.json":
-                shutil.copyfile(file, self.path / file.name)
+        store, name = store_of(str(location))
+        store.fetch(name, self.path)
         self.version = version
 
     def tensors(self) -> dict[str, delta.Bits]:
@@ -76,7 +75,8 @@ class Mirror:
 
     def reach(self, weights: WeightVersion) -> Path:
         """Become `weights`: a `delta` by the versions since this one or since the newest snapshot, after which every
-        tensor is checked; an `adapter` from the base model. Returns the folder. Raises DamagedWeights, OSError."""
+        tensor is checked; an `adapter` from the base model. Returns the folder. Raises DamagedWeights, OSError, and
+        StartupError: the base model, or the client of the store, is not here."""
         if weights.adapter is not None:
             self._merge(weights, weights.adapter)
             return self.path
@@ -93,31 +93,26 @@ class Mirror:
         self.version = None  # in between it is no version at all
         for link in chain:
             if link.base is None:
-                self.fill(Path(link.location), link.id)
-                disk.verify(self.path, link.manifest)
+                self.fill(link.location, link.id)
             else:
-                delta.apply(Path(link.location), self.tensors())
+                with at_hand(link.location, self.path) as folder:
+                    delta.apply(folder, self.tensors())
         disk.verify(self.path, weights.manifest)
         self.version = weights.id
         return self.path
 
     def _merge(self, weights: WeightVersion, adapter: Adapter) -> None:
-        base = self._base_folder()
+        if self._base is None:
+            raise DamagedWeights("there is no model here that adapters could be added to")
+        base = self._base()
         stands = adapter, frozenset(entry.name for entry in weights.manifest)
         if self._merged != stands:
             self._become_base(base, adapter)
             self._merged = stands
         self.version = None
-        adapters.apply(Path(weights.location), weights.manifest, adapter, base, self.tensors())
+        with at_hand(weights.location, self.path) as folder:
+            adapters.apply(folder, weights.manifest, adapter, base, self.tensors())
         self.version = weights.id
-
-    def _base_folder(self) -> Path:
-        if self._base is None:
-            raise DamagedWeights("there is no model here that adapters could be added to")
-        try:
-            return self._base()
-        except StartupError as error:
-            raise DamagedWeights(str(error)) from error
 
     def _become_base(self, base: Path, adapter: Adapter) -> None:
         if self._bases.get(adapter.dtype, adapter.base) == adapter.base:
@@ -143,8 +138,8 @@ class Mirror:
 @contextmanager
 def whole(weights: WeightVersion, base: Callable[[], Path] | None = None) -> Iterator[Path]:
     """A model folder of a published version, every tensor checked, for as long as the context lasts; of one of adapters
-    by their `base` model. Raises DamagedWeights, OSError."""
-    if weights.transport == "disk":
+    by their `base` model. Raises DamagedWeights, OSError, StartupError as `Mirror.reach` does."""
+    if weights.transport == "disk" and not is_url(weights.location):
         disk.verify(Path(weights.location), weights.manifest)
         yield Path(weights.location)
         return
@@ -155,10 +150,18 @@ def whole(weights: WeightVersion, base: Callable[[], Path] | None = None) -> Ite
         mirror.close()
 
 
+def version_at(location: str) -> WeightVersion:
+    """The version that lies there: it may have been moved since. Raises OSError, ValidationError."""
+    store, name = store_of(location)
+    weights = WeightVersion.model_validate_json(store.read(name, MANIFEST))
+    return weights.model_copy(update={"location": location})
+
+
 def check(weights: WeightVersion) -> None:
     """Whether what was published of a version is sound. Raises DamagedWeights, OSError."""
     if weights.adapter is not None:
-        disk.verify(Path(weights.location), weights.manifest)
+        with at_hand(weights.location) as folder:
+            disk.verify(folder, weights.manifest)
         return
     with whole(weights):
         pass
@@ -168,14 +171,15 @@ def _chain(weights: WeightVersion, have: Version | None) -> list[WeightVersion]:
     """From what follows `have`, or from the newest snapshot, up to `weights`. Raises DamagedWeights."""
     chain = [weights]
     while (base := chain[-1].base) is not None and base != have:
-        folder = Path(weights.location).parent / f"{base.lineage}-{base.version}"
+        store, _ = store_of(weights.location)
+        location = store.location(f"{base.lineage}-{base.version}")
         try:
-            link = WeightVersion.model_validate_json((folder / "manifest.json").read_bytes())
+            link = version_at(location)
         except (OSError, ValidationError) as error:
-            raise DamagedWeights(f"{folder / 'manifest.json'}: {str(error).splitlines()[0]}") from error
+            raise DamagedWeights(f"{location}/{MANIFEST}: {str(error).splitlines()[0]}") from error
         if (link.run_id, link.id) != (weights.run_id, base) or (link.base is not None and link.base >= base):
-            raise DamagedWeights(f"{folder / 'manifest.json'}: is of another version")
-        chain.append(link.model_copy(update={"location": str(folder)}))
+            raise DamagedWeights(f"{location}/{MANIFEST}: is of another version")
+        chain.append(link)
     return chain[::-1]
 
 
