@@ -274,8 +274,6 @@ class Trainer(Objective):
             raise ValueError(
                 f"minibatches: {self.minibatches} does not divide groups_per_step ({self.groups_per_step})"
             )
-        if self.reference.kind == "ema" and self.zero_stage == 3 and self.kl_beta > 0:
-            raise ValueError("reference.kind: ema needs whole weights on every rank: zero_stage 0, 1 or 2, or frozen")
         return self
 
 

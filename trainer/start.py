@@ -11,6 +11,7 @@ from services.recipe import Recipe, RecipeError
 from trainer import checkpoint, export
 from trainer.checkpoint import Progress
 from trainer.feed import Feed
+from trainer.pieces import Pieces
 from trainer.ranks import Ranks
 from trainer.reference import Reference
 
@@ -103,4 +104,4 @@ def roll_back(
 def _load(engine: Any, reference: Reference | None, path: Path, ranks: Ranks) -> None:
     checkpoint.load(engine, path, ranks)
     if reference is not None:
-        reference.load(path)
+        reference.load(Pieces(checkpoint.rank_folders(path)), path)

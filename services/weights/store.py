@@ -1,6 +1,6 @@
 """Where the versions of a run lie: a folder that every machine sees, or a bucket of an object store that speaks S3.
 
-A version is a set of files under the name `<lineage>-<version>`. In a folder it has that name as soon as it is whole; in
+A version is a set of files under the name `<lineage>-<version>`. In a folder it has that name once it is whole; in
 a bucket, where nothing can be renamed, it is whole when its `manifest.json` is there, which is uploaded last. Addresses
 and secrets of a bucket are taken from the environment alone, as AWS' own tools have them (AWS_ENDPOINT_URL, AWS_REGION,
 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or a role of the machine or the pod).

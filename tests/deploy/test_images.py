@@ -136,14 +136,14 @@ def test_services_install_no_more_than_they_need():
         return {extra for match in found if match for extra in match[1].split(",") if extra}
 
     wanted = {
-        "rollout": {"model"},
-        "reward": {"model", "verify"},
-        "trainer": {"model", "train"},
+        "rollout": {"model", "s3"},
+        "reward": {"model", "s3", "verify"},
+        "trainer": {"model", "s3", "train"},
         "orchestrator": {"data", "tokenizer"},
         "sandbox": set(),
-        "rollout-gpu": {"model"},
-        "reward-gpu": {"model", "verify"},
-        "trainer-gpu": {"train"},
+        "rollout-gpu": {"model", "s3"},
+        "reward-gpu": {"model", "s3", "verify"},
+        "trainer-gpu": {"s3", "train"},
     }
     assert {target: installed(target) for target in TARGETS} == wanted
     assert set().union(*wanted.values()) <= set(extras)
