@@ -44,8 +44,10 @@ PlainName = Annotated[str, AfterValidator(_plain)]
 
 def _place(given: Any) -> Any:
     """A folder, or a bucket's URL."""
-    if not isinstance(given, str) or "://" not in given:
+    if not isinstance(given, str):
         return given
+    if "://" not in given:
+        return Path(given)
     if "@" in given:
         raise ValueError("a bucket's keys are taken from the environment (AWS_ACCESS_KEY_ID), not from its URL")
     if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9.-]+(/[\w.=-]+)*/?", given, re.ASCII):

@@ -136,6 +136,7 @@ def test_a_large_file_goes_in_parts(publisher, monkeypatch):
 async def test_a_damaged_or_missing_object_is_a_refusal_until_a_sound_version_comes(
     publisher, follower, server, objects, run_id, damage, monkeypatch
 ):
+    monkeypatch.setattr(store.store_at, "__defaults__", (0.3,))
     made = steps(4)
     await publish(publisher, 0, made[0])
     await follower.at_least(V(), 20)

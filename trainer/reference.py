@@ -93,7 +93,7 @@ def _place(parameter: nn.Parameter) -> tuple[int, int]:
     if not hasattr(parameter, "ds_tensor"):
         return 0, parameter.numel()
     share: Any = parameter
-    start = share.partition_numel() * share._get_param_partition_rank(parameter)
+    start = share.partition_numel() * share.ds_zero_partition_rank
     return start, max(0, min(share.partition_numel(), share.ds_numel - start))
 
 

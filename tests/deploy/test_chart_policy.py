@@ -246,7 +246,8 @@ FLOW = {
 def test_a_bucket_in_the_cluster_is_reached_by_those_who_keep_weights():
     peers = [{"podSelector": {"matchLabels": STRANGER.labels}}]
     policy = {"bucketPorts": [9000], "bucketPeers": peers}
-    found = render(merged(CASES["bucket"], {"hub": {"enabled": False}, "networkPolicy": policy}))
+    offline = {"hub": {"enabled": False}, "overrides": ["model.path=/models/m"], "networkPolicy": policy}
+    found = render(merged(CASES["bucket"], offline))
     reach = {name for name, end in ends(found).items() if admits(found, end, STRANGER, 9000)}
     assert reach == {"rollout", "reward", "trainer"}
     outside = {name for name, end in ends(manifests("bucket")).items() if admits(found, end, INTERNET, 443)}
