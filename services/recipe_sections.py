@@ -44,10 +44,8 @@ PlainName = Annotated[str, AfterValidator(_plain)]
 
 def _place(given: Any) -> Any:
     """A folder, or a bucket's URL."""
-    if not isinstance(given, str):
-        return given
-    if "://" not in given:
-        return Path(given)
+    if not isinstance(given, str) or "://" not in given:
+        return _plain(Path(given)) if isinstance(given, str | Path) else given
     if "@" in given:
         raise ValueError("a bucket's keys are taken from the environment (AWS_ACCESS_KEY_ID), not from its URL")
     if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9.-]+(/[\w.=-]+)*/?", given, re.ASCII):
@@ -55,7 +53,7 @@ def _place(given: Any) -> Any:
     return given.rstrip("/")
 
 
-PlaceOfWeights = Annotated[PlainPath | str, BeforeValidator(_place)]
+PlaceOfWeights = Annotated[Path | str, BeforeValidator(_place)]
 
 
 class Run(Section):
