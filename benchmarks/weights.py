@@ -1,9 +1,11 @@
 """Bringing new weights to servers: against a raw copy, deltas by learning rate, and what an update costs rollouts.
 
-    python benchmarks/weights.py [--parts disk delta rollout] [--rounds N] [--json] [model and load options]
+    python benchmarks/weights.py [--parts disk delta adapter rollout] [--rounds N] [--json] [model and load options]
 
 disk     a version published and followed (files, checksums, redis, the scorer's own loader), against copying the same
          bytes with one fsync. Medians of the rounds.
+adapter  versions of LoRA adapters on all linear layers, by rank: their bytes against a whole version, and the seconds
+         of publishing, merging and loading them.
 delta    real AdamW steps (float32 master weights, bfloat16 as served) on next-token loss of random tokens: the bytes of
          a delta against a whole version, and the seconds of publishing and following it, after some steps to warm up.
 rollout  a real `rlif serve rollout` under load, without updates and with one every few seconds, in every `in_flight`
@@ -29,25 +31,27 @@ from services.api import RolloutRequest
 from services.cli.child import serving
 from services.clients import RolloutClient
 from services.contract import Sampling, Version
+from services.recipe_sections import Lora, Model
 from services.redis import EmbeddedRedis, connect_sync
 from services.weights import disk
 from services.weights.follow import Follower
 from services.weights.publish import Publisher
+from trainer import lora
+from trainer import policy as policies
 
-PARTS = ("disk", "delta", "rollout")
+PARTS = ("disk", "delta", "adapter", "rollout")
 MODES = ("wait", "keep", "abort")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("disk", "delta", "rollout"), default=("disk", "delta", "rollout")
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=5, help="versions of each kind that are timed")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--rates", type=float, nargs="+", default=(1e-6, 3e-6, 1e-5, 1e-4), help="learning rates")
+    parser.add_argument("--ranks", type=int, nargs="+", default=(4, 16, 64), help="of LoRA adapters")
     parser.add_argument("--warm-up", type=int, default=3, help="optimizer steps before a delta is measured")
     parser.add_argument("--seconds", type=float, default=30.0, help="of load in every mode")
     parser.add_argument("--every", type=float, default=6.0, help="seconds between two updates")
@@ -96,7 +100,7 @@ class Following:
 
     def __init__(self, url: str, run: str, base: Path, mirrors: Path):
         self.scorer = TransformersScorer(str(base), dtype="bfloat16", device="cpu")
-        self.url, self.run, self.mirrors = url, run, mirrors
+        self.url, self.run, self.base, self.mirrors = url, run, base, mirrors
         self.loop = asyncio.new_event_loop()
         self.follower = self.loop.run_until_complete(self._start())
 
@@ -104,7 +108,7 @@ class Following:
         async def take(version: Version, directory: Path) -> None:
             await asyncio.to_thread(self.scorer.load, version, directory)
 
-        follower = Follower(self.url, self.run, "bench", "bench", "", take, 0.02, self.mirrors)
+        follower = Follower(self.url, self.run, "bench", "bench", "", take, 0.02, self.mirrors, lambda: self.base)
         await follower.start()
         return follower
 
@@ -199,6 +203,39 @@ def measure_delta(options: argparse.Namespace, url: str, base: Path, place: Path
     return rows
 
 
+# ---- adapters --------------------------------------------------------------------------------------------------
+
+
+def measure_adapter(options: argparse.Namespace, url: str, base: Path, place: Path) -> list[dict]:
+    rows = []
+    whole = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    for rank in options.ranks:
+        run = f"adapter-{rank}"
+        settings = Model(path=str(base), dtype="bfloat16", lora=Lora(rank=rank))
+        policy = policies.load(settings)
+        adapter = lora.published(policy.model, settings)
+        assert adapter is not None
+        publish, follow = [], []
+        with connect_sync(url) as redis:
+            publisher = Publisher(redis, run, place / run, keep=2)
+            following = Following(url, run, base, place)
+            for number in range(options.rounds + 1):  # the first makes the follower's copy of the base
+                with torch.no_grad():
+                    for parameter in policy.parameters():
+                        if parameter.requires_grad:
+                            parameter.normal_(std=0.01)
+                began = time.perf_counter()
+                tensors = policies.adapters(policy, partitioned=False)
+                weights = publisher.publish(Version(version=number), tensors, base, adapter)
+                publish.append(time.perf_counter() - began)
+                follow.append(following.reach(weights.id))
+            following.close()
+        size = sum(file.stat().st_size for file in Path(weights.location).glob("*.safetensors"))
+        times = {"publish_s": statistics.median(publish[1:]), "follow_s": statistics.median(follow[1:])}
+        rows.append({"rank": rank, "bytes": size, "share_of_whole": size / whole, "first_s": follow[0]} | times)
+    return rows
+
+
 # ---- rollouts --------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +318,8 @@ def main() -> None:
             found["disk"] = measure_disk(options, redis.url, base, place)
         if "delta" in options.parts:
             found["delta"] = measure_delta(options, redis.url, base, place)
+        if "adapter" in options.parts:
+            found["adapter"] = measure_adapter(options, redis.url, base, place)
         if "rollout" in options.parts:
             found["rollout"] = measure_rollout(options, redis.url, small, place)
     if options.json:
@@ -296,6 +335,11 @@ def main() -> None:
             f"delta at {row['rate']:g}: {100 * row['changed']:.2f} % of the elements changed, "
             f"{row['bytes'] / 1e6:.2f} MB, {100 * row['share_of_whole']:.2f} % of the whole; "
             f"publish {row['publish_s']:.2f} s, follow {row['follow_s']:.2f} s"
+        )
+    for row in found.get("adapter", ()):
+        print(
+            f"adapter of rank {row['rank']}: {row['bytes'] / 1e6:.2f} MB, {100 * row['share_of_whole']:.2f} % of the "
+            f"whole; publish {row['publish_s']:.2f} s, follow {row['follow_s']:.2f} s (first {row['first_s']:.2f} s)"
         )
     for row in found.get("rollout", ()):
         print(

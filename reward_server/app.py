@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,7 @@ from services.api import (
 from services.contract import GroupScores
 from services.gate import remaining_seconds
 from services.http import create_app
+from services.model_folder import model_folder
 from services.problem import Problem
 from services.spec import RewardSpec
 from services.startup import StartupError
@@ -166,7 +168,7 @@ def _starts_with_math(specs: Specs) -> bool:
 
 
 def _follower(settings: Settings, service: Any) -> Follower | None:
-    if service is None or settings.follow == "frozen" or settings.redis_url is None or settings.run_id is None:
+    if settings.model is None or settings.follow == "frozen" or settings.redis_url is None or settings.run_id is None:
         return None
     return Follower(
         redis_url=settings.redis_url,
@@ -177,6 +179,7 @@ def _follower(settings: Settings, service: Any) -> Follower | None:
         load=service.load,
         poll_seconds=settings.poll_seconds,
         mirror_dir=settings.mirror_dir,
+        base=partial(model_folder, settings.model, settings.revision),
     )
 
 

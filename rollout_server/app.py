@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,7 @@ def _follower(settings: Settings, served: Served) -> Follower | None:
             load=served.load,
             poll_seconds=settings.poll_seconds,
             mirror_dir=settings.mirror_dir,
+            base=partial(model_folder, settings.model, settings.revision),
         )
     except ValueError as error:
         raise StartupError(str(error)) from error

@@ -277,10 +277,20 @@ class TensorEntry(Wire):
     checksum: str
 
 
+class Adapter(Wire):
+    """What a version of low-rank adapters is added to: a model whose weights have the checksum `base` when they are of
+    `dtype`. A layer's weight becomes W + `scale` * B A, in that dtype."""
+
+    base: str
+    dtype: Literal["float32", "bfloat16"]
+    scale: float
+
+
 class WeightVersion(Wire):
     """A published set of weights. `location` is what the transport needs to find it (a directory).
 
-    A `delta` holds what changed since `base`; the manifest is that of the result. A `disk` version has no base.
+    A `delta` holds what changed since `base`; the manifest is that of the result. A `disk` version has no base. One of
+    transport `adapter` holds the matrices A and B of every layer that `adapter` says what to do with.
     """
 
     run_id: str
@@ -291,10 +301,17 @@ class WeightVersion(Wire):
     manifest: Items[TensorEntry]
     created_at: float
     base: Version | None = None
+    adapter: Adapter | None = None
 
     @property
     def id(self) -> Version:
         return Version(lineage=self.lineage, version=self.version)
+
+    @model_validator(mode="after")
+    def adapters_are_complete(self) -> Self:
+        if (self.transport == "adapter") != (self.adapter is not None):
+            raise ValueError(f"transport {self.transport} does not go with adapter {self.adapter}")
+        return self
 
     @field_validator("manifest")
     @classmethod

@@ -158,6 +158,8 @@ def need(recipe: Recipe, model: Shape) -> Need:
     if stage == 3:
         buffers += size * min(LIVE, whole)
     reference = size * share(whole, 3) if trainer.kl_beta > 0 and lora is None else 0
+    if reference and trainer.reference.kind == "ema":
+        reference += 4 * share(whole, 3)
     if trainer.reference.offload:
         # Below stage 3 it visits the GPU as a whole, before the first backward pass.
         reference = 0

@@ -155,7 +155,7 @@ class Recipe(Section):
         return RewardSpec(rewards=self.rewards, combine=self.combined)
 
     @property
-    def weights_dir(self) -> Path:
+    def weights_dir(self) -> Path | str:
         return self.weights.dir or self.run.dir / "weights"
 
 

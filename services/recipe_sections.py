@@ -2,10 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from services import prompts
 from services.algorithms import Objective
@@ -41,6 +41,20 @@ def _plain(path: PathLike) -> PathLike:
 PlainPath = Annotated[Path, AfterValidator(_plain)]
 """Ends up in shell scripts and in redis.conf."""
 PlainName = Annotated[str, AfterValidator(_plain)]
+
+
+def _place(given: Any) -> Any:
+    """A folder, or a bucket's URL."""
+    if not isinstance(given, str) or "://" not in given:
+        return _plain(Path(given)) if isinstance(given, str | Path) else given
+    if "@" in given:
+        raise ValueError("a bucket's keys are taken from the environment (AWS_ACCESS_KEY_ID), not from its URL")
+    if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9.-]+(/[\w.=-]+)*/?", given, re.ASCII):
+        raise ValueError("not the URL of a bucket; write it as s3://bucket or s3://bucket/prefix")
+    return given.rstrip("/")
+
+
+PlaceOfWeights = Annotated[Path | str, BeforeValidator(_place)]
 
 
 class Run(Section):
@@ -282,13 +296,12 @@ class Trainer(Objective):
             raise ValueError(
                 f"minibatches: {self.minibatches} does not divide groups_per_step ({self.groups_per_step})"
             )
-        if self.reference.kind == "ema" and self.zero_stage == 3 and self.kl_beta > 0:
-            raise ValueError("reference.kind: ema needs whole weights on every rank: zero_stage 0, 1 or 2, or frozen")
         return self
 
 
 class Weights(Section):
-    """`dir` defaults to a folder of the run; servers on other machines must see it at the same path.
+    """`dir` defaults to a folder of the run; servers on other machines must see it at the same path, or it is a bucket,
+    `s3://bucket/prefix`.
 
     `transport: delta` publishes one whole version in `snapshot_every`, and between them what changed; trainer and
     servers then keep a copy of the weights each in `mirror_dir` (none: the system's folder for temporary files).
@@ -297,7 +310,7 @@ class Weights(Section):
     """
 
     transport: Literal["disk", "delta"] = "disk"
-    dir: PlainPath | None = None
+    dir: PlaceOfWeights | None = None
     keep: int = Field(3, ge=2)
     snapshot_every: int = Field(20, ge=2)
     mirror_dir: Path | None = None

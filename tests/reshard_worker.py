@@ -1,8 +1,8 @@
 """Run as ranks by test_reshard.py: `reshard_worker.py CASES.json`.
 
 Each case trains a toy on `batches` (from step `first` on), restored from the checkpoint `load` when given, saves the
-checkpoint `save`, trains the step after it, and writes its weights to `out`; with `again` it goes back to `save` on the
-same engine and trains that step once more, into `again`.
+checkpoint `save`, writes the moving reference to `average`, trains the step after it, and writes its weights to `out`;
+with `again` it goes back to `save` on the same engine and trains that step once more, into `again`.
 """
 
 import dataclasses
@@ -19,6 +19,8 @@ from trainer import checkpoint
 from trainer import engine as engines
 from trainer import ranks as rank_groups
 from trainer.checkpoint import Progress
+from trainer.pieces import Pieces
+from trainer.reference import Reference
 
 
 class Toy(nn.Module):
@@ -52,25 +54,31 @@ def train(engine, step: int, ranks: rank_groups.Ranks) -> None:
 def write(engine, path: str, ranks: rank_groups.Ranks) -> None:
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+    module = getattr(engine, "module", engine)
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
         if ranks.first:
-            save_file({name: p.detach().clone() for name, p in engine.module.named_parameters()}, path)
+            save_file({name: p.detach().clone() for name, p in module.named_parameters()}, path)
 
 
 def run(case: dict, ranks: rank_groups.Ranks) -> None:
     settings = recipe.parse(case["recipe"])
     toy = Toy().to(getattr(torch, settings.model.dtype))
+    base = Toy().to(getattr(torch, settings.model.dtype)).requires_grad_(False)
     engine = engines.start(toy, settings, ranks)
+    reference = Reference(engines.start_frozen(base, settings, ranks), decay=0.5)
     first = 0
     if case.get("load"):
         with torch.no_grad():
             toy.model.scale.zero_()
         checkpoint.load(engine, Path(case["load"]), ranks)
+        reference.load(Pieces(checkpoint.rank_folders(Path(case["load"]))), Path(case["load"]))
         first = checkpoint.state(Path(case["load"]))["step"]
     for step in range(first, case["steps"]):
         train(engine, step, ranks)
+        reference.follow(toy)
     progress = Progress(step=case["steps"], lineage=case["lineage"])
-    saved = checkpoint.save(engine, Path(case["checkpoints"]), progress, settings, ranks)
+    saved = checkpoint.save(engine, Path(case["checkpoints"]), progress, settings, ranks, reference)
+    write(reference.module, case["average"], ranks)
     train(engine, case["steps"], ranks)
     write(engine, case["out"], ranks)
     checkpoint.load(engine, saved, ranks)

@@ -450,10 +450,6 @@ def test_the_cap_of_earlier_recipes_is_read(cap, importance):
     [
         ("trainer.algorithm=ppo", ["trainer.algorithm", "'grpo'", "'cispo'", "'ppo'"]),
         ("trainer.minibatches=3", ["trainer: minibatches: 3", "groups_per_step (8)"]),
-        (
-            "trainer={steps: 1, groups_per_step: 1, reference: {kind: ema}, zero_stage: 3}",
-            ["reference.kind: ema", "zero_stage"],
-        ),
         ("trainer.importance={low: 0.5}", ["trainer.importance: low: 0.5", "mode: mask"]),
         ("trainer.importance={mode: mask, low: 3}", ["trainer.importance: low: 3", "less than high (2.0)"]),
         ("trainer.clip_cov={low: 5, high: 1}", ["trainer.clip_cov: low: 5", "high (1.0)"]),

@@ -335,7 +335,7 @@ def test_a_delta_is_exported_as_a_whole_model(publisher, tmp_path):
 
     run = tmp_path / "run"
     publisher.directory.rename(tmp_path / "before")
-    publisher.directory = run / "weights"
+    publisher.directory = publisher.store.directory = run / "weights"
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text("{}")
     publisher.directory.mkdir(parents=True)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from services import codec, recipe
 from services.recipe import Model, RecipeError
 from services.recipe_sections import Lora
+from services.weights.adapter import DOWN, UP, merged
 from trainer import export, lora
 from trainer import policy as policies
 from trainer.engine import learning_rate
@@ -117,6 +118,19 @@ def test_adapters_are_trained_as_plain_torch_trains_them(trained, oracle, tiny_m
     assert max(float((base[name] - weights[name]).abs().max()) for name in changed) > 5e-3
     for name in expected:
         assert (weights[name].double() - expected[name]).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_version_holds_makes_the_merged_weights(trained, tiny_model, stage):
+    halves = load_file(trained / str(stage) / "adapter.safetensors")
+    weights, base = (
+        load_file(path) for path in (trained / str(stage) / "weights.safetensors", tiny_model / "model.safetensors")
+    )
+    layers = {name.removesuffix(DOWN) for name in halves if name.endswith(DOWN)}
+    assert len(halves) == 2 * len(layers) == 2 * 2 * len(SETTINGS["targets"])
+    for layer in layers:
+        found = merged(base[f"{layer}.weight"], halves[layer + DOWN], halves[layer + UP], 2.0)
+        assert torch.equal(found, weights[f"{layer}.weight"])
 
 
 @pytest.mark.parametrize("stage", STAGES)

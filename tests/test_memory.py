@@ -113,6 +113,7 @@ def test_parts_follow_the_settings(qwen):
     assert need(qwen, gradient_checkpointing=True).activations < plain.activations / 5
     assert need(qwen, micro_batch_tokens=8192).activations == pytest.approx(plain.activations / 2)
     assert need(qwen, kl_beta=0.0).reference == 0
+    assert need(qwen, reference={"kind": "ema"}).reference == pytest.approx(3 * plain.reference)
     offloaded = need(qwen, offload={"optimizer": True, "parameters": True})
     assert (offloaded.optimizer, offloaded.weights, offloaded.gradients) == (0, 0, 0)
     adapted = need(qwen, lora={"rank": 16})

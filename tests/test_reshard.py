@@ -30,7 +30,15 @@ CASES = {
 
 
 def make_recipe(ranks: int, stage: int, dtype: str = "float32") -> dict:
-    trainer = {"steps": 9, "groups_per_step": 1, "ranks": ranks, "zero_stage": stage, "learning_rate": 1e-2}
+    trainer = {
+        "steps": 9,
+        "groups_per_step": 1,
+        "kl_beta": 0.1,
+        "reference": {"kind": "ema", "decay": 0.5},
+        "ranks": ranks,
+        "zero_stage": stage,
+        "learning_rate": 1e-2,
+    }
     return {
         "run": {"name": "reshard", "dir": "unused"},
         "model": {"path": "toy", "dtype": dtype},
@@ -55,6 +63,7 @@ def folder(tmp_path_factory) -> Path:
                     "lineage": turn,
                     "load": str(own / f"{turn - 1}-{STEPS}") if turn else None,
                     "checkpoints": str(own),
+                    "average": str(own / f"average-{turn}"),
                     "out": str(own / f"out-{turn}"),
                     "again": str(own / f"again-{turn}"),
                 }
@@ -111,12 +120,33 @@ def test_an_engine_that_goes_back_trains_the_same_bits(folder, name):
             assert torch.equal(out[key], again[key]), (turn, key)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_moving_reference_is_the_same_bits_under_other_ranks_and_stages(folder, name):
+    first, *others = (
+        pieces.Pieces(checkpoint.rank_folders(folder / name / f"{turn}-{STEPS}")) for turn in range(len(RANKS))
+    )
+    served = load_file(folder / name / "average-0")
+    for key, shape in checkpoint.state(folder / name / f"0-{STEPS}")["shapes"].items():
+        count = int(torch.Size(shape).numel())
+        average = first.read(key, pieces.AVERAGE, 0, count)
+        assert not torch.equal(average, first.read(key, "master", 0, count)), key
+        assert torch.equal(served[key].view(-1), average.to(served[key].dtype)), key
+        for turn, other in enumerate(others, 1):
+            assert torch.equal(other.read(key, pieces.AVERAGE, 0, count), average), (turn, key)
+            assert torch.equal(load_file(folder / name / f"average-{turn}")[key], served[key]), (turn, key)
+
+
 def test_what_the_ranks_hold_is_written_once(folder):
     path = folder / "2-3-0" / f"0-{STEPS}"
     held = [sum(entry.shape[0] for entry in pieces.entries(rank) if entry.name.startswith("master/"))
             for rank in checkpoint.rank_folders(path)]  # fmt: skip
     total = sum(int(torch.Size(shape).numel()) for shape in checkpoint.state(path)["shapes"].values())
     assert sum(held) == total and min(held) > 0
+    for name, writers in (("2-3-0", 1), ("3-2-2", 2)):
+        path = folder / name / f"0-{STEPS}"
+        held = [sum(entry.shape[0] for entry in pieces.entries(rank) if entry.name.startswith("average/"))
+                for rank in checkpoint.rank_folders(path)]  # fmt: skip
+        assert sum(held) == total and sum(count > 0 for count in held) == writers
 
 
 def test_a_checkpoint_that_lacks_elements_is_refused_as_damaged(folder, tmp_path, caplog):

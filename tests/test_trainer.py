@@ -31,6 +31,7 @@ from trainer import checkpoint
 from trainer.engine import learning_rate
 from trainer.export import begin_from, export
 from trainer.metrics import StepLog, of_groups
+from trainer.pieces import AVERAGE, Pieces
 from trainer.reference import Reference
 from trainer.train import main
 
@@ -84,6 +85,11 @@ CASES = {
         **SEVERAL,
     },
     "rloo, moving reference": {"zero_stage": 1, "algorithm": "rloo", "reference": {"kind": "ema", "decay": 0.5}},
+    "moving reference, zero 3": {"zero_stage": 3, "reference": {"kind": "ema", "decay": 0.5}},
+    "moving reference, offloaded, zero 3": {
+        "zero_stage": 3,
+        "reference": {"kind": "ema", "decay": 0.5, "offload": True},
+    },
     "bfloat16, zero 1": {"zero_stage": 1, "dtype": "bfloat16"},
     "bfloat16, zero 2": {"zero_stage": 2, "dtype": "bfloat16"},
     "bfloat16, zero 3": {"zero_stage": 3, "dtype": "bfloat16"},
@@ -479,8 +485,9 @@ def test_checkpoints_and_versions_are_pruned(runs):
 def test_a_moving_reference_needs_a_checkpoint_that_has_one(runs, tmp_path):
     moving = Reference(torch.nn.Linear(2, 2), decay=0.5)
     with pytest.raises(RecipeError, match="trainer.reference.kind: ema"):
-        moving.load(tmp_path)
-    assert (runs[0].dir / "checkpoints" / "0-6" / "reference.safetensors").exists()
+        moving.load(Pieces([]), tmp_path)
+    saved = Pieces(checkpoint.rank_folders(runs[0].dir / "checkpoints" / "0-6"))
+    assert set(saved.names(AVERAGE)) == set(saved.names("master"))
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "unfinished"])

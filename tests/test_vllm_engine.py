@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from rollout_weights import publish
+from rollout_weights import publish, publish_adapters
 from served import served
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -244,6 +244,15 @@ async def test_what_is_aborted_in_flight_is_begun_again(url, app, publisher, fol
             assert not one.version_spans and one.finish_reason in ("stop", "length")
             check_logprobs(group.model_copy(update={"completions": [one]}), makers[one.weight_version.version])
     assert BEGUN_AGAIN.labels("vllm")._value.get() > 0 and engine._begun_again == 0
+
+
+async def test_adapters_are_merged_into_the_model_that_the_engine_was_started_with(url, publisher, folders):
+    version = Version(version=11)
+    merged = await asyncio.to_thread(publish_adapters, publisher, version, folders[0])
+    async with RolloutClient(url) as client:
+        answer = await client.rollouts([ask(n=4, wanted=version)], deadline_seconds=60)
+    assert answer.weight_version == version
+    check_logprobs(answer.groups[0], merged)
 
 
 async def test_followed_weights_equal_a_fresh_engine(url, publisher, folders, oracles):

@@ -6,6 +6,7 @@ one event loop; one server is asked over HTTP; the last tests start what they ne
 
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
-from rollout_weights import publish
+from rollout_weights import publish, publish_adapters
 from served import served
 from tiny import make_tiny_model
 
@@ -424,6 +425,16 @@ async def test_self_certainty_as_a_reward(url, oracles):
         assert value == pytest.approx(expected.scores["self_certainty"], rel=1e-4)
     assert not scored["scores"][2]["valid"]
     assert scored["scorer_weight_version"] == httpx.get(url + "/v1/model").json()["weight_version"]
+
+
+async def test_adapters_are_merged_into_the_model_that_the_engine_was_started_with(url, folders, publisher, real):
+    merged = await asyncio.to_thread(publish_adapters, publisher, v(3), folders[2])
+    (one,) = [replace(item, completion_ids=item.completion_ids[:40]) for item in real[:1]]
+    (found,) = (await asyncio.to_thread(post, url, "/v1/score", score_body([one], v(3))))["results"]
+    with torch.no_grad():
+        logits = merged(torch.tensor([one.prompt_ids + one.completion_ids])).logits[0, len(one.prompt_ids) - 1 : -1]
+    expected = (logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1]))[: found["n_tokens"]].mean()
+    assert found["scores"]["self_certainty"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 async def test_an_engine_that_died_is_unready_and_a_refusal(url):

@@ -40,10 +40,13 @@ def run(case: dict, ranks: rank_groups.Ranks) -> None:
         )
         results.append(dataclasses.asdict(result))
     weights = dict(policies.tensors(policy, partitioned=settings.trainer.zero_stage == 3, adapters=settings.model.lora))
+    halves = dict(policies.adapters(policy, partitioned=settings.trainer.zero_stage == 3))
     if ranks.first:
         out = Path(case["out"])
         out.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights.safetensors")
+        if halves:
+            save_file({name: tensor.contiguous() for name, tensor in halves.items()}, out / "adapter.safetensors")
         (out / "results.json").write_text(json.dumps(results))
     if case.get("checkpoint"):
         checkpoint.save(engine, Path(case["checkpoint"]), checkpoint.Progress(len(results)), settings, ranks)

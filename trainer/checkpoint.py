@@ -74,9 +74,7 @@ def save(
             shutil.rmtree(leftover)
         aside.mkdir(parents=True)
     ranks.barrier()
-    pieces.write(aside / f"rank-{ranks.rank}", _tensors(engine, ranks))
-    if ranks.first and reference is not None:
-        reference.save(aside)
+    pieces.write(aside / f"rank-{ranks.rank}", _tensors(engine, ranks, reference))
     ranks.barrier()
     if ranks.first:
         contents = {
@@ -217,7 +215,7 @@ def load(engine: Any, path: Path, ranks: Ranks) -> None:
         torch.cuda.set_rng_state(saved.one("random", f"{ranks.rank}.cuda"), ranks.device)
 
 
-def _tensors(engine: Any, ranks: Ranks) -> Iterator[tuple[str, int, str, Tensor]]:
+def _tensors(engine: Any, ranks: Ranks, reference: Reference | None) -> Iterator[tuple[str, int, str, Tensor]]:
     """What this rank writes."""
     for fragment in fragments.owned(engine, ranks.rank, ranks.size):
         for kind, tensor in fragments.states(engine, fragment):
@@ -225,6 +223,8 @@ def _tensors(engine: Any, ranks: Ranks) -> Iterator[tuple[str, int, str, Tensor]
     if ranks.first:
         for name, buffer in pieces.buffers(engine.module).items():
             yield pieces.BUFFER, 0, name, buffer
+    if reference is not None:
+        yield from reference.parts(ranks)
     yield "random", 0, f"{ranks.rank}.cpu", torch.get_rng_state()
     if ranks.device.type == "cuda":
         yield "random", 0, f"{ranks.rank}.cuda", torch.cuda.get_rng_state(ranks.device)

@@ -115,6 +115,9 @@ def start_frozen(policy: Policy, recipe: Recipe, ranks: Ranks) -> nn.Module:
     _share_head(policy, recipe)
     cuda = ranks.device.type == "cuda"
     settings = config(recipe, sum(p.numel() for p in policy.parameters()), cuda)
+    if recipe.trainer.reference.kind == "ema":
+        # A weight that stayed whole between forwards would not be the one that its shares have become.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if recipe.trainer.reference.offload:
         settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     engine, *_ = _deepspeed().initialize(model=policy, config=settings)

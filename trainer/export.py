@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 
 from services import recipe as recipes
 from services.contract import Version, WeightVersion
+from services.model_folder import model_folder
 from services.recipe import Model, Recipe, RecipeError
 from services.startup import StartupError
 from services.steps import StepsError, read_steps
 from services.weights import disk
-from services.weights.mirror import whole
+from services.weights.mirror import version_at, whole
+from services.weights.store import MANIFEST, store_at
 from trainer import card, checkpoint, pieces
 from trainer import policy as policies
 from trainer.checkpoint import Progress
@@ -39,7 +42,8 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     if out_dir.exists() and any(out_dir.iterdir()):
         raise RecipeError(f"{out_dir} is not empty; choose a new folder")
-    published = _newest(_weights_dir(run_dir), lambda path: (path / "manifest.json").exists() and _sound(path))
+    base = _base(run_dir)
+    published = _published(_weights_dir(run_dir), base)
     saved = _newest(run_dir / "checkpoints", checkpoint.sound)
     if published is None and saved is None:
         raise RecipeError(f"{run_dir} holds neither published weights nor a checkpoint")
@@ -47,9 +51,9 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     shutil.rmtree(aside, ignore_errors=True)
     if saved is None or (published is not None and published[0] >= saved[0]):
         assert published is not None
-        version, folder = published
-        with whole(_manifest(folder)) as model:
-            shutil.copytree(model, aside, ignore=shutil.ignore_patterns("manifest.json", ABOUT, "README.md"))
+        version, weights = published
+        with whole(weights, base) as model:
+            shutil.copytree(model, aside, ignore=shutil.ignore_patterns(MANIFEST, ABOUT, "README.md"))
     else:
         version, folder = saved
         aside.mkdir(parents=True)
@@ -144,7 +148,7 @@ def _run_name(run_dir: Path) -> str | None:
     return recipes.load(path).run.name if path.exists() else None
 
 
-def _weights_dir(run_dir: Path) -> Path:
+def _weights_dir(run_dir: Path) -> Path | str:
     """Where the recipe put the weights, when the run's folder has the recipe; in that folder, wherever it is now,
     unless the recipe says otherwise."""
     path = run_dir / "recipe.yaml"
@@ -160,17 +164,28 @@ def _newest(directory: Path, sound: Callable[[Path], bool]) -> tuple[Version, Pa
     return next((item for item in sorted(found, reverse=True) if sound(item[1])), None)
 
 
-def _manifest(folder: Path) -> WeightVersion:
-    weights = WeightVersion.model_validate_json((folder / "manifest.json").read_bytes())
-    return weights.model_copy(update={"location": str(folder)})  # the run may have been moved
+def _published(place: Path | str, base: Callable[[], Path] | None) -> tuple[Version, WeightVersion] | None:
+    """The newest published version that is sound."""
+    store = store_at(place)
+    for version, files in reversed(store.versions()):
+        location = store.location(f"{version.lineage}-{version.version}")
+        if MANIFEST in files:
+            try:
+                weights = version_at(location)
+                with whole(weights, base):
+                    return version, weights
+            except (OSError, ValueError, StartupError) as error:
+                log.warning("%s is passed over: %s", location, error)
+    return None
 
 
-def _sound(folder: Path) -> bool:
-    try:
-        with whole(_manifest(folder)):
-            return True
-    except (OSError, ValueError):
-        return False
+def _base(run_dir: Path) -> Callable[[], Path] | None:
+    """What gives the folder of the model that a run's adapters are added to."""
+    path = run_dir / "recipe.yaml"
+    if not path.exists():
+        return None
+    model = recipes.load(path).model
+    return partial(model_folder, model.path, model.revision)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from services import commands
@@ -18,7 +17,7 @@ from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
 from services.redis import DeadlineExceeded, cancel, connect, insist, wait_for_redis
 from services.weights import disk
-from services.weights.mirror import whole
+from services.weights.mirror import check
 from trainer.checkpoint import Progress
 from trainer.waits import GROUPS_PATIENCE_SECONDS, REDIS_PATIENCE_SECONDS, Waits
 
@@ -196,7 +195,7 @@ class Feed:
             weights = self.published
             if weights is not None:
                 try:
-                    await asyncio.to_thread(_check, weights, self.recipe.weights.mirror_dir)
+                    await asyncio.to_thread(check, weights, self.recipe.weights.mirror_dir)
                 except disk.DamagedWeights as error:
                     raise disk.DamagedWeights(f"the published weights {weights.id} are damaged: {error}") from error
 
@@ -244,12 +243,6 @@ class Feed:
     def close(self) -> None:
         self.runner.run(self.redis.aclose())
         self.runner.close()
-
-
-def _check(weights: WeightVersion, mirror_dir: Path | None) -> None:
-    """Raises DamagedWeights, OSError."""
-    with whole(weights, mirror_dir):
-        pass
 
 
 @contextmanager

@@ -1,18 +1,25 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) by peft: the base model is frozen, each target layer trains
-W + alpha / rank * B A. What leaves the trainer - published weights, exports - has them added to the base weights."""
+W + alpha / rank * B A. Versions hold A and B alone; every follower, and `rlif export`, adds them to the base model."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from services.recipe import RecipeError
+from services.contract import Adapter
+from services.model_folder import model_folder
+from services.recipe import Model, RecipeError
 from services.recipe_sections import Lora
+from services.weights import adapter as adapters
+from services.weights.shapes import tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 BASE, DOWN, UP = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
 """What peft appends to a target layer's name."""
@@ -68,19 +75,22 @@ def plain(name: str) -> str | None:
     return None if name.endswith((DOWN, UP)) else name.replace(".base_layer.", ".")
 
 
-def merged(weight: Tensor, down: Tensor, up: Tensor, settings: Lora) -> Tensor:
-    """W + alpha / rank * B A, multiplied and added in float32, in W's dtype. [out, in], [rank, in], [out, rank]."""
-    return (weight.float() + settings.alpha / settings.rank * (up.float() @ down.float())).to(weight.dtype)
+def scale(settings: Lora) -> float:
+    return settings.alpha / settings.rank
 
 
-def merge(tensors: dict[str, Any], settings: Lora) -> dict[str, Tensor]:
-    """All tensors of a model with adapters -> those of the model they make, under its Hugging Face names."""
-    result = {}
-    for name, tensor in tensors.items():
-        if (own := plain(name)) is not None:
-            parts = family(name)
-            if parts is not None:
-                weight, down, up = (tensors[part] for part in parts)
-                tensor = merged(weight, down, up, settings)
-            result[own] = tensor
-    return result
+def published(model: nn.Module, settings: Model) -> Adapter | None:
+    """What the versions of a `model` with adapters stand on: the base model's own files, which the servers have, too.
+
+    None where those files name the adapted weights otherwise than the model does: then its merged weights are to be
+    published. Raises StartupError: the files are not there. To be called before DeepSpeed has the model.
+    """
+    assert settings.lora is not None
+    folder = model_folder(settings.path, settings.revision)
+    there = tensor_shapes(folder)
+    for name, parameter in model.named_parameters():
+        own = plain(name)
+        if family(name) is not None and there.get(str(own)) != tuple(parameter.shape):
+            log.warning("%s has no %s of this shape: versions hold merged weights, not adapters", folder, own)
+            return None
+    return adapters.of(folder, settings.dtype, scale(settings.lora))

@@ -19,6 +19,9 @@ ENTRIES = "tensors.json"
 BUFFER = "buffer"
 STEP = "step"
 """A kind of one number, which is the same for every part of a parameter."""
+AVERAGE = "average"
+"""The kind of a moving reference's weights, which are no part of the optimizer's state. A frozen reference is the base
+model, which the recipe names."""
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, int, str, Tensor]]) -> None:
@@ -71,10 +74,10 @@ class Pieces:
         return found
 
     def of(self, fragment: Fragment) -> dict[str, Tensor]:
-        """Everything that was saved of a fragment, by kind."""
-        kinds = self._parts[fragment.name]
-        parts = {kind: self.read(fragment.name, kind, fragment.start, fragment.count) for kind in kinds if kind != STEP}
-        return parts | ({STEP: self.one(STEP, fragment.name)} if STEP in kinds else {})
+        """Everything that was saved of a fragment's state, by kind."""
+        kinds = self._parts[fragment.name].keys() - {STEP, AVERAGE}
+        parts = {kind: self.read(fragment.name, kind, fragment.start, fragment.count) for kind in kinds}
+        return parts | ({STEP: self.one(STEP, fragment.name)} if STEP in self._parts[fragment.name] else {})
 
     def whole(self, name: str, shape: list[int]) -> Tensor:
         """A parameter's float32 weights. Raises ValueError where some were not written."""

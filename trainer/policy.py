@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from services.model_folder import attention_for
 from services.recipe import Model, RecipeError
 from services.recipe_sections import Lora
+from services.weights.adapter import DOWN, UP, merged
 from trainer import lora, packing
 from trainer.head import Head
 from trainer.packing import Packed
@@ -155,13 +156,23 @@ def tensors(policy: Policy, partitioned: bool, adapters: Lora | None = None) -> 
         whole = _whole([parameters[part] for part in parts or (name,)], partitioned)
         if parts is not None and adapters is not None:
             weight, down, up = whole
-            yield own, lora.merged(weight, down, up, adapters)
+            yield own, merged(weight, down, up, lora.scale(adapters))
         else:
             yield own, whole[0]
     persistent = model.state_dict(keep_vars=True).keys()
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield name, buffer.detach().cpu()
+
+
+def adapters(policy: Policy, partitioned: bool) -> Iterator[tuple[str, Tensor]]:
+    """A and B of every adapted layer, as versions of adapters name them; whole, on the CPU. `partitioned` as above."""
+    parameters = dict(policy.model.named_parameters())
+    for name in parameters:
+        if (parts := lora.family(name)) is not None:
+            _, *halves = parts
+            for half, whole in zip((DOWN, UP), _whole([parameters[part] for part in halves], partitioned), strict=True):
+                yield name.removesuffix(lora.BASE) + half, whole
 
 
 def _whole(parameters: list[nn.Parameter], partitioned: bool) -> list[Tensor]:

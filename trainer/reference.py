@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from services.recipe import Recipe, RecipeError
 from trainer import engine as engines
 from trainer import policy as policies
 from trainer.batch import MicroBatch
+from trainer.pieces import AVERAGE, Pieces
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 
-FILE = "reference.safetensors"
-"""In a checkpoint: the moving average. A frozen reference is the base model, which the recipe names."""
-
 
 class Reference:
-    """`module` is called like the policy, inside `at_hand`. With a `decay` it follows the trained weights."""
+    """`module` is called like the policy, inside `at_hand`. With a `decay` it follows the trained weights: each rank
+    with what it holds of them, its share with ZeRO stage 3, else all."""
 
     def __init__(
         self,
@@ -31,8 +29,12 @@ class Reference:
         decay: float | None = None,
     ) -> None:
         self.module, self.at_hand, self.decay = module, at_hand, decay
+        self._forget = getattr(module, "empty_partition_cache", None)
+        """With ZeRO stage 3: gathered weights that are older than the shares are not used again."""
+        own: Any = module.module if self._forget is not None else module
+        self._parameters = dict(own.named_parameters()) if decay is not None else {}
         # In bfloat16 a small share of a small change rounds to nothing: the average itself is kept in float32.
-        self.average = {name: p.data.float() for name, p in module.named_parameters()} if decay is not None else {}
+        self.average = {name: _held(parameter).float() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def logprobs(self, micro: MicroBatch) -> Tensor:
@@ -40,36 +42,59 @@ class Reference:
         return self.module(micro.packed, micro.positions, micro.targets, micro.temperatures)[0]
 
     @torch.no_grad()
-    def follow(self, trained: Policy) -> None:
+    def follow(self, trained: nn.Module) -> None:
         """After a step: take up 1 - decay of the trained weights. Nothing where the reference is frozen."""
         if self.decay is None:
             return
-        weights = dict(trained.named_parameters())
-        for name, own in self.module.named_parameters():
+        for name, parameter in trained.named_parameters():
             average = self.average[name]
-            average.lerp_(weights[name].detach().to(average.device, torch.float32), 1 - self.decay)
-            own.data.copy_(average)
+            average.lerp_(_held(parameter).to(average.device, torch.float32), 1 - self.decay)
+        self._take_average()
 
-    def save(self, folder: Path) -> None:
-        """Write `reference.safetensors` into a checkpoint's folder; nothing where the reference is frozen. For rank 0:
-        every rank has the same."""
-        if self.decay is not None:
-            save_file({name: average.contiguous() for name, average in self.average.items()}, folder / FILE)
+    def parts(self, ranks: Ranks) -> Iterator[tuple[str, int, str, Tensor]]:
+        """What this rank writes into a checkpoint, as (kind, start, name, float32 [n]); nothing where the reference is
+        frozen, and where every rank has the same, nothing but on the first."""
+        for name, parameter in self._parameters.items():
+            start, count = _place(parameter)
+            if count and (hasattr(parameter, "ds_tensor") or ranks.first):
+                yield AVERAGE, start, name, self.average[name].view(-1)[:count]
 
     @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, on every rank. Raises RecipeError when it holds no moving average."""
+    def load(self, saved: Pieces, folder: Path) -> None:
+        """Go on from a checkpoint, on every rank; `saved` is what the ranks wrote into it, however many they were.
+        Raises RecipeError when it holds no moving average."""
         if self.decay is None:
             return
-        if not (folder / FILE).exists():
+        if next(saved.names(AVERAGE), None) is None:
             raise RecipeError(
                 f"trainer.reference.kind: ema, but checkpoint {folder} was saved with a frozen reference or none; "
                 "go on with kind: frozen"
             )
-        for name, saved in load_file(folder / FILE).items():
-            self.average[name].copy_(saved)
-        for name, own in self.module.named_parameters():
-            own.data.copy_(self.average[name])
+        for name, parameter in self._parameters.items():
+            start, count = _place(parameter)
+            if count:
+                self.average[name].view(-1)[:count] = saved.read(name, AVERAGE, start, count)
+        self._take_average()
+
+    def _take_average(self) -> None:
+        if self._forget is not None:
+            self._forget()
+        for name, parameter in self._parameters.items():
+            _held(parameter).copy_(self.average[name])
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """What this rank has of a parameter: its share, flattened and padded, with ZeRO stage 3, else the whole."""
+    return getattr(parameter, "ds_tensor", parameter).data
+
+
+def _place(parameter: nn.Parameter) -> tuple[int, int]:
+    """Where in the flattened parameter that begins, and how many elements of it are no padding."""
+    if not hasattr(parameter, "ds_tensor"):
+        return 0, parameter.numel()
+    share: Any = parameter
+    start = share.partition_numel() * share.ds_zero_partition_rank
+    return start, max(0, min(share.partition_numel(), share.ds_numel - start))
 
 
 def start(recipe: Recipe, ranks: Ranks, trained: Policy) -> Reference | None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from services.commands import RollBack
-from services.recipe import Recipe
+from services.recipe import Recipe, RecipeError
 from trainer import checkpoint, export
 from trainer.checkpoint import Progress
 from trainer.feed import Feed
+from trainer.pieces import Pieces
 from trainer.ranks import Ranks
 from trainer.reference import Reference
 
@@ -39,6 +40,11 @@ def find(recipe: Recipe, resume: bool, resume_from: Path | None, ranks: Ranks) -
             path, progress = found
             start = Start(str(path), "", progress, export.trained_groups(run_dir, progress.step))
         elif resume_from is not None:
+            if recipe.model.lora is not None:
+                raise RecipeError(
+                    f"--resume-from: adapters (model.lora) are added to model.path by every server; to train them on "
+                    f"{resume_from}, begin a run of another name with model.path={resume_from}"
+                )
             progress = export.begin_from(resume_from, recipe)
             start = Start("", str(resume_from), progress, export.trained_before(resume_from) if progress.step else [])
         else:
@@ -98,4 +104,4 @@ def roll_back(
 def _load(engine: Any, reference: Reference | None, path: Path, ranks: Ranks) -> None:
     checkpoint.load(engine, path, ranks)
     if reference is not None:
-        reference.load(path)
+        reference.load(Pieces(checkpoint.rank_folders(path)), path)

@@ -19,14 +19,14 @@ import torch
 from services import commands, traces, trail
 from services.algorithms import contradiction
 from services.commands import AnyOrder, RollBack, Stop
-from services.contract import Version
+from services.contract import Adapter, Version
 from services.queue import Entry
 from services.recipe import Recipe, RecipeError
 from services.redis import connect_sync
 from services.status import serving_status
 from services.steps import STOPPED, traces_of_training
 from services.weights.publish import Publisher
-from trainer import checkpoint, metrics, policy
+from trainer import checkpoint, lora, metrics, policy
 from trainer import engine as engines
 from trainer import reference as references
 from trainer import start as starts
@@ -85,6 +85,7 @@ def _train(
     start = starts.find(recipe, resume, resume_from, ranks)
     model = recipe.model.model_copy(update={"path": start.model, "revision": None}) if start.model else recipe.model
     trained = policy.load(model, trainer.gradient_checkpointing)
+    adapter = lora.published(trained.model, model) if model.lora is not None else None
     engine = engines.start(trained, recipe, ranks)
     reference = references.start(recipe, ranks, trained)
     progress = starts.restore(engine, reference, recipe, start, ranks, feed)
@@ -100,7 +101,7 @@ def _train(
     if recipe.has_orders and progress.step == 0:
         # The first weights may turn out to be the best, or the only ones from before a collapse.
         _checkpoint(engine, reference, recipe, progress, ranks, feed)
-    seconds = {"publish": _publish(publisher, trained, progress, files, recipe, feed)}
+    seconds = {"publish": _publish(publisher, trained, adapter, progress, files, recipe, feed)}
 
     durable, stopped = progress.step, False
     while not stopped:
@@ -113,7 +114,7 @@ def _train(
                 if back is not progress:
                     progress, first, durable = back, back.step, back.step
                     _checkpoint(engine, reference, recipe, progress, ranks, feed)
-                    _publish(publisher, trained, progress, files, recipe, feed)
+                    _publish(publisher, trained, adapter, progress, files, recipe, feed)
             else:
                 effect = obey(order, recipe, progress, records)
             if isinstance(order, Stop):
@@ -137,7 +138,7 @@ def _train(
             result = train_step(engine, reference, batch, progress.step, settings, ranks, recipe.run.seed)
             progress.step += 1
             progress.unacknowledged += [entry.entry_id for entry in entries]
-            seconds["publish"] = _publish(publisher, trained, progress, files, recipe, feed)
+            seconds["publish"] = _publish(publisher, trained, adapter, progress, files, recipe, feed)
         if feed is not None and records is not None:
             _note(feed, records, progress, first, entries, result, seconds)
         seconds = {}
@@ -210,6 +211,7 @@ def _next(
 def _publish(
     publisher: Publisher | None,
     trained: policy.Policy,
+    adapter: Adapter | None,
     progress: Progress,
     files: Path,
     recipe: Recipe,
@@ -217,13 +219,14 @@ def _publish(
 ) -> float:
     """Seconds it took. With partitioned weights every rank takes part in gathering them."""
     began = time.perf_counter()
-    gather, adapters = recipe.trainer.zero_stage == 3, recipe.model.lora
+    gather = recipe.trainer.zero_stage == 3
+    tensors = policy.adapters(trained, gather) if adapter else policy.tensors(trained, gather, recipe.model.lora)
     if publisher is not None and feed is not None:
         version = Version(lineage=progress.lineage, version=progress.step)
         with traces.span("publish weights", weight_version=str(version)):
-            feed.published = publisher.publish(version, policy.tensors(trained, gather, adapters), files)
+            feed.published = publisher.publish(version, tensors, files, adapter)
     elif gather:
-        for _ in policy.tensors(trained, gather, adapters):
+        for _ in tensors:
             pass
     return time.perf_counter() - began
 

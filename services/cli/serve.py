@@ -14,6 +14,7 @@ from services.cli.watch import watch
 from services.model_folder import check_local
 from services.spec import RewardSpec
 from services.startup import StartupError
+from services.weights import store
 
 app = typer.Typer(no_args_is_help=True, help="Start one server.")
 
@@ -124,6 +125,8 @@ def reward(
     if engine == "vllm" and model is None and recipe_file is None:
         raise StartupError("--engine vllm: give the model that it is to score with, --model")
     chosen = _load(recipe_file, overrides)
+    if chosen:
+        store.require(chosen.weights_dir)
     _limit_threads(chosen.scorer.threads if chosen else threads)
     if served := chosen.model.path if chosen else model:
         check_local(served, "model.path" if chosen else "--model")  # sooner than importing torch takes
@@ -214,13 +217,15 @@ def rollout(
     _check_choice("--device", device, DEVICES)
     _check_choice("--dtype", dtype, DTYPES)
     chosen = _load(recipe_file, overrides)
+    if chosen:
+        store.require(chosen.weights_dir)
     if chosen is None and model is None:
         raise StartupError("--model: give a Hugging Face name or a local folder (or --recipe)")
     _check_choice("--engine", engine, ("transformers", "vllm"))
-    if chosen and nodes > 1 and chosen.weights.transport == "delta" and chosen.weights.mirror_dir is None:
+    if chosen and nodes > 1 and _is_mirrored(chosen) and chosen.weights.mirror_dir is None:
         raise StartupError(
-            "weights.mirror_dir: with transport: delta and an engine over several nodes, name a folder that all of "
-            "them see at the same path"
+            "weights.mirror_dir: with transport: delta, model.lora or a bucket, and an engine over several nodes, name "
+            "a folder that all of them see at the same path"
         )
     _limit_threads(chosen.rollout.threads if chosen else threads)
     check_local(chosen.model.path if chosen else str(model), "model.path" if chosen else "--model")
@@ -305,3 +310,9 @@ def sandbox(
         raise StartupError(f"--languages {language}: choose from {', '.join(TOOLS)}")
     bubblewrap = Bubblewrap(wanted, concurrency, queue)
     serve(sandbox_app.create(settings_from_environment(host), bubblewrap), host, port)
+
+
+def _is_mirrored(chosen: recipe.Recipe) -> bool:
+    """Whether servers keep a copy of the weights in `weights.mirror_dir`."""
+    weights = chosen.weights
+    return weights.transport == "delta" or chosen.model.lora is not None or store.is_url(chosen.weights_dir)

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from services.contract import TensorEntry
 
 SHARD_BYTES = 4 * 2**30
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+STEM = "model"
+SINGLE = f"{STEM}.safetensors"
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 
 
@@ -68,9 +68,9 @@ class _Shard:
 
 
 def write_tensors(
-    directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES
+    directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES, *, stem: str = STEM
 ) -> list[TensorEntry]:
-    """Write (name, tensor) pairs as `model.safetensors`, or as numbered shards with an index when they are larger.
+    """Write (name, tensor) pairs as `<stem>.safetensors`, or as numbered shards with an index when they are larger.
 
     `tensors` is consumed as it goes: at most one shard's tensors are kept at a time, and those already contiguous in
     CPU memory are written from where they lie. Returns the manifest. Raises ValueError: a name twice, or no tensor.
@@ -96,14 +96,16 @@ def write_tensors(
     if not entries:
         raise ValueError("no tensor was given")
     flush()
-    files = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    numbered = [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    files = [f"{stem}.safetensors"] if count == 1 else numbered
     for number, file in enumerate(files, 1):
         (directory / f"shard-{number}").rename(directory / file)
     if count > 1:
         weight_map = {name: files[entry[0] - 1] for name, entry in entries.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=1))
-        sync(directory / INDEX)
+        index_file = directory / f"{stem}.safetensors.index.json"
+        index_file.write_text(json.dumps(index, indent=1))
+        sync(index_file)
     return [
         TensorEntry(name=name, shape=shape, dtype=dtype, file=files[number - 1], checksum=digest)
         for name, (number, dtype, shape, digest) in entries.items()

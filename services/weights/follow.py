@@ -16,8 +16,10 @@ from services import traces
 from services.contract import Version, WeightVersion
 from services.keys import Keys
 from services.redis import PASSING, DeadlineExceeded, cancel, connect
+from services.startup import StartupError
 from services.weights import pointer
 from services.weights.seconds import SECONDS
+from services.weights.store import is_url
 
 if TYPE_CHECKING:
     from services.weights.mirror import Mirror
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 Load = Callable[[Version, Path], Awaitable[None]]
 
 BEAT_SECONDS = 2.0
-PHASES = {"disk": "verify", "delta": "patch"}
+PHASES = {"disk": "verify", "delta": "patch", "adapter": "merge"}
 """The transports, and what the time is called that a version of each takes before it can be loaded."""
 REDIS_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
@@ -43,7 +45,9 @@ class Follower:
     A version is first checked byte by byte against its manifest (in a thread), then `load(version, directory)` is
     awaited; `load` has to leave the old weights serving when it raises. A version that is damaged or does not load is
     refused: the old one stays, and it is tried again with growing pauses, since a shared disk may lag behind redis.
-    Deltas are applied to a copy of the weights in `mirror_dir` (none: the system's folder for temporary files).
+    Deltas are applied to a copy of the weights in `mirror_dir` (none: the system's folder for temporary files), what
+    lies in a bucket is fetched to there, and adapters are merged there into a copy of the model whose folder `base`
+    returns.
     """
 
     def __init__(
@@ -56,9 +60,10 @@ class Follower:
         load: Load,
         poll_seconds: float = 0.2,
         mirror_dir: Path | None = None,
+        base: Callable[[], Path] | None = None,
     ):
         self.run_id, self.replica, self.service, self.url = run_id, replica, service, url
-        self.load, self.poll_seconds, self.mirror_dir = load, poll_seconds, mirror_dir
+        self.load, self.poll_seconds, self.mirror_dir, self.base = load, poll_seconds, mirror_dir, base
         self._mirror: Mirror | None = None
         self.version: Version | None = None
         """What is served; none while that is still the model the server started with."""
@@ -147,7 +152,7 @@ class Follower:
 
     async def _take(self, weights: WeightVersion) -> None:
         if weights.transport not in PHASES:
-            known = " and ".join(PHASES)
+            known = ", ".join(PHASES)
             return self._refuse(weights.id, f"transport {weights.transport!r} is not known here, only {known}")
         from services.weights.disk import DamagedWeights
 
@@ -155,7 +160,7 @@ class Follower:
         try:
             self._loading = asyncio.ensure_future(asyncio.to_thread(self._whole, weights))
             directory = await asyncio.shield(self._loading)
-        except (DamagedWeights, OSError) as error:
+        except (DamagedWeights, OSError, StartupError) as error:
             if await pointer.newest_version(self._redis, self.run_id) == weights.id:  # else it is gone for good reason
                 self._refuse(weights.id, str(error))
             return
@@ -179,15 +184,15 @@ class Follower:
         await self._beat()
 
     def _whole(self, weights: WeightVersion) -> Path:
-        """A model folder of these weights, every byte of it checked. Raises DamagedWeights, OSError."""
+        """A model folder of these weights, every byte of it checked. Raises DamagedWeights, OSError, StartupError."""
         from services.weights import disk
         from services.weights.mirror import Mirror
 
-        if weights.base is None:
+        if weights.transport == "disk" and not is_url(weights.location):
             disk.verify(Path(weights.location), weights.manifest)
             return Path(weights.location)
         if self._mirror is None:
-            self._mirror = Mirror(self.mirror_dir, f"{self.run_id}-{self.replica}")
+            self._mirror = Mirror(self.mirror_dir, f"{self.run_id}-{self.replica}", self.base)
         return self._mirror.reach(weights)
 
     def _refuse(self, version: Version, reason: str) -> None:

@@ -1,5 +1,5 @@
 """A model folder of this process's own, brought from version to version in place: what deltas are made against and
-applied to."""
+applied to, and where adapters are merged."""
 
 import fcntl
 import json
@@ -9,16 +9,18 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
 
-from services.contract import Version, WeightVersion
+from services.contract import Adapter, Version, WeightVersion
+from services.weights import adapter as adapters
 from services.weights import delta, disk
 from services.weights.disk import DamagedWeights
+from services.weights.store import MANIFEST, at_hand, is_url, store_of
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +28,10 @@ log = logging.getLogger(__name__)
 class Mirror:
     """`path` holds the weights of `version` (none: nothing that can be relied on). It lies in `parent` (none: the
     system's folder for temporary files), needs the model's size there, and goes with `close` or the process; what a
-    killed process of the same `label` left there is removed. Not thread-safe. Raises OSError."""
+    killed process of the same `label` left there is removed. `base` gives the folder of the model that adapters are
+    added to. Not thread-safe. Raises OSError."""
 
-    def __init__(self, parent: Path | None, label: str):
+    def __init__(self, parent: Path | None, label: str, base: Callable[[], Path] | None = None):
         place = Path(parent or tempfile.gettempdir())
         place.mkdir(parents=True, exist_ok=True)
         prefix = f"rlif-{label}-"
@@ -40,15 +43,17 @@ class Mirror:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._remove = weakref.finalize(self, _remove, self.path, self._lock)
         self.version: Version | None = None
+        self._base = base
+        self._bases: dict[str, str] = {}
+        """The base model's checksum by dtype."""
+        self._merged: tuple[Adapter, frozenset[str]] | None = None
+        """What the folder's base is, and which tensors are in place of the base's; none where it is no base."""
 
-    def fill(self, folder: Path, version: Version) -> None:
-        """Become a copy of a model folder. Raises OSError."""
-        self.version = None
-        for file in self.path.iterdir():
-            file.unlink()
-        for file in folder.iterdir():
-            if file.is_file() and file.name != "manifest.json":
-                shutil.copyfile(file, self.path / file.name)
+    def fill(self, location: str | Path, version: Version) -> None:
+        """Become a copy of a whole version's files. Raises OSError."""
+        self._empty()
+        store, name = store_of(str(location))
+        store.fetch(name, self.path)
         self.version = version
 
     def tensors(self) -> dict[str, delta.Bits]:
@@ -69,8 +74,12 @@ class Mirror:
         return found
 
     def reach(self, weights: WeightVersion) -> Path:
-        """Become `weights` (of transport `delta`), by the versions since this one or since the newest snapshot before
-        it; every tensor is checked. Returns the folder. Raises DamagedWeights, OSError."""
+        """Become `weights`: a `delta` by the versions since this one or since the newest snapshot, after which every
+        tensor is checked; an `adapter` from the base model. Returns the folder. Raises DamagedWeights, OSError, and
+        StartupError: the base model, or the client of the store, is not here."""
+        if weights.adapter is not None:
+            self._merge(weights, weights.adapter)
+            return self.path
         if self.version is not None and self.version != weights.id:
             try:
                 return self._follow(weights)
@@ -84,45 +93,95 @@ class Mirror:
         self.version = None  # in between it is no version at all
         for link in chain:
             if link.base is None:
-                self.fill(Path(link.location), link.id)
-                disk.verify(self.path, link.manifest)
+                self.fill(link.location, link.id)
             else:
-                delta.apply(Path(link.location), self.tensors())
+                with at_hand(link.location, self.path) as folder:
+                    delta.apply(folder, self.tensors())
         disk.verify(self.path, weights.manifest)
         self.version = weights.id
         return self.path
+
+    def _merge(self, weights: WeightVersion, adapter: Adapter) -> None:
+        if self._base is None:
+            raise DamagedWeights("there is no model here that adapters could be added to")
+        base = self._base()
+        stands = adapter, frozenset(entry.name for entry in weights.manifest)
+        if self._merged != stands:
+            self._become_base(base, adapter)
+            self._merged = stands
+        self.version = None
+        with at_hand(weights.location, self.path) as folder:
+            adapters.apply(folder, weights.manifest, adapter, base, self.tensors())
+        self.version = weights.id
+
+    def _become_base(self, base: Path, adapter: Adapter) -> None:
+        if self._bases.get(adapter.dtype, adapter.base) == adapter.base:
+            self._empty()
+            entries = disk.write_tensors(self.path, adapters.base_tensors(base, adapter.dtype))
+            disk.copy_config(base, self.path, entries)
+            self._bases[adapter.dtype] = adapters.checksum(entries)
+        if self._bases[adapter.dtype] != adapter.base:
+            raise DamagedWeights(
+                f"the adapters are for another model than {base}, whose weights in {adapter.dtype} have the checksum "
+                f"{self._bases[adapter.dtype]}, not {adapter.base}"
+            )
+
+    def _empty(self) -> None:
+        self.version, self._merged = None, None
+        for file in self.path.iterdir():
+            file.unlink()
 
     def close(self) -> None:
         self._remove()
 
 
 @contextmanager
-def whole(weights: WeightVersion, mirror_dir: Path | None = None) -> Iterator[Path]:
-    """A model folder of a published version, every tensor checked, for as long as the context lasts. Raises
-    DamagedWeights, OSError."""
-    if weights.base is None:
+def whole(
+    weights: WeightVersion, base: Callable[[], Path] | None = None, mirror_dir: Path | None = None
+) -> Iterator[Path]:
+    """A model folder of a published version, every tensor checked, for as long as the context lasts; of one of adapters
+    by their `base` model. Raises DamagedWeights, OSError, StartupError as `Mirror.reach` does."""
+    if weights.transport == "disk" and not is_url(weights.location):
         disk.verify(Path(weights.location), weights.manifest)
         yield Path(weights.location)
         return
-    mirror = Mirror(mirror_dir, f"{weights.run_id}-whole")
+    mirror = Mirror(mirror_dir, f"{weights.run_id}-whole", base)
     try:
         yield mirror.reach(weights)
     finally:
         mirror.close()
 
 
+def version_at(location: str) -> WeightVersion:
+    """The version that lies there: it may have been moved since. Raises OSError, ValidationError."""
+    store, name = store_of(location)
+    weights = WeightVersion.model_validate_json(store.read(name, MANIFEST))
+    return weights.model_copy(update={"location": location})
+
+
+def check(weights: WeightVersion, mirror_dir: Path | None = None) -> None:
+    """Whether what was published of a version is sound. Raises DamagedWeights, OSError."""
+    if weights.adapter is not None:
+        with at_hand(weights.location) as folder:
+            disk.verify(folder, weights.manifest)
+        return
+    with whole(weights, mirror_dir=mirror_dir):
+        pass
+
+
 def _chain(weights: WeightVersion, have: Version | None) -> list[WeightVersion]:
     """From what follows `have`, or from the newest snapshot, up to `weights`. Raises DamagedWeights."""
     chain = [weights]
     while (base := chain[-1].base) is not None and base != have:
-        folder = Path(weights.location).parent / f"{base.lineage}-{base.version}"
+        store, _ = store_of(weights.location)
+        location = store.location(f"{base.lineage}-{base.version}")
         try:
-            link = WeightVersion.model_validate_json((folder / "manifest.json").read_bytes())
+            link = version_at(location)
         except (OSError, ValidationError) as error:
-            raise DamagedWeights(f"{folder / 'manifest.json'}: {str(error).splitlines()[0]}") from error
+            raise DamagedWeights(f"{location}/{MANIFEST}: {str(error).splitlines()[0]}") from error
         if (link.run_id, link.id) != (weights.run_id, base) or (link.base is not None and link.base >= base):
-            raise DamagedWeights(f"{folder / 'manifest.json'}: is of another version")
-        chain.append(link.model_copy(update={"location": str(folder)}))
+            raise DamagedWeights(f"{location}/{MANIFEST}: is of another version")
+        chain.append(link)
     return chain[::-1]
 
 

@@ -1,8 +1,8 @@
 """The trainer's side: write a version's files, make them durable, and only then let redis name it the newest."""
 
 import logging
-import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,21 +12,23 @@ import torch
 from prometheus_client import Counter, Gauge
 from redis import Redis
 
-from services.contract import TensorEntry, Version, WeightVersion
+from services.contract import Adapter, TensorEntry, Version, WeightVersion
 from services.recipe import Recipe
 from services.redis import insist_sync
+from services.weights import adapter as adapters
 from services.weights import delta, disk, pointer
 from services.weights.mirror import Mirror
 from services.weights.seconds import SECONDS
+from services.weights.store import MANIFEST, Folder, store_at
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-FOLDER = re.compile(r"^(\d+)-(\d+)$")
-
 PUBLISHED = Gauge("rlif_weight_published_version", "Newest version this trainer published", ["run"])
-BYTES = Counter("rlif_weight_published_bytes_total", "Bytes of published weights: disk (whole), delta", ["transport"])
+BYTES = Counter(
+    "rlif_weight_published_bytes_total", "Bytes of published weights: disk (whole), delta, adapter", ["transport"]
+)
 
 
 class Superseded(Exception):
@@ -34,10 +36,10 @@ class Superseded(Exception):
 
 
 class Publisher:
-    """Publishes the versions of one run as folders `<lineage>-<version>` under `directory` and keeps the `keep` newest,
-    with the versions that those are made from.
+    """Publishes the versions of one run as folders `<lineage>-<version>` in `place` (services.weights.store) and keeps
+    the `keep` newest, with the versions that those are made from.
 
-    Used by one process (rank 0). `patience_seconds` is how long it outlasts a redis that is away. With
+    Used by one process (rank 0). `patience_seconds` is how long it outlasts a redis or a bucket that is away. With
     `snapshot_every` only one version in so many is whole, the first among them; the others are deltas to the version
     before, for which the publisher keeps a copy of the weights in `mirror_dir` (none: the system's temporary folder).
     Raises ValueError: `keep` below 1.
@@ -47,7 +49,7 @@ class Publisher:
         self,
         redis: Redis,
         run_id: str,
-        directory: Path,
+        place: Path | str,
         keep: int = 3,
         patience_seconds: float = 300.0,
         snapshot_every: int = 1,
@@ -60,8 +62,11 @@ class Publisher:
         self._mirror = Mirror(mirror_dir, f"{run_id}-trainer") if snapshot_every > 1 else None
         self._base: WeightVersion | None = None
         self._since_snapshot = 0
-        self.directory = Path(directory).resolve()
+        self.store = store_at(place, patience_seconds)
+        drafts = Path(mirror_dir or tempfile.gettempdir()) / f"rlif-{run_id}-drafts"
+        self.directory = self.store.directory if isinstance(self.store, Folder) else drafts
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_drafts()
         self._clean()
 
     @classmethod
@@ -79,50 +84,58 @@ class Publisher:
         )
 
     def publish(
-        self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]], config_dir: Path | None = None
+        self,
+        version: Version,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        config_dir: Path | None = None,
+        adapter: Adapter | None = None,
     ) -> WeightVersion:
         """Publish (name, tensor) pairs, which are consumed as they are written, as `version`.
 
         `config_dir` is a Hugging Face folder whose configuration and tokenizer files make the published folder a
-        loadable model. Raises Superseded (before anything is written, or when it became so meanwhile), OSError from the
-        disk, and services.redis.DeadlineExceeded.
+        loadable model. With an `adapter`, the tensors are A and B of its layers, and all that is published. Raises
+        Superseded (before anything is written, or when it became so meanwhile), OSError from the disk, and
+        services.redis.DeadlineExceeded.
         """
         started = time.monotonic()
         self._check_newer(version)
-        target = self.directory / f"{version.lineage}-{version.version}"
-        draft = target.with_name(target.name + ".tmp")
-        for leftover in (draft, target):  # of a publication that never reached the pointer
-            shutil.rmtree(leftover, ignore_errors=True)
+        name = f"{version.lineage}-{version.version}"
+        draft = self.directory / f"{name}.tmp"
+        shutil.rmtree(draft, ignore_errors=True)
+        self.store.remove(name)  # of a publication that never reached the pointer
         draft.mkdir()
         base, self._base = self._base, None  # again when the mirror is known to be this version
         if self._since_snapshot + 1 >= self.snapshot_every:
             base = None
-        manifest = self._write(draft, tensors, config_dir, version, base)
+        if adapter is None:
+            manifest = self._write(draft, tensors, config_dir, version, base)
+        else:
+            manifest = disk.write_tensors(draft, tensors, stem=adapters.STEM)
         weights = WeightVersion(
             run_id=self.run_id,
             lineage=version.lineage,
             version=version.version,
-            transport="disk" if base is None else "delta",
-            location=str(target),
+            transport="adapter" if adapter else "delta" if base else "disk",
+            location=self.store.location(name),
             manifest=manifest,
             created_at=time.time(),
             base=base.id if base else None,
+            adapter=adapter,
         )
-        (draft / "manifest.json").write_text(weights.model_dump_json(indent=1))
-        disk.sync(draft / "manifest.json")
-        disk.sync(draft)
-        draft.rename(target)
-        disk.sync(self.directory)
+        (draft / MANIFEST).write_text(weights.model_dump_json(indent=1))
+        disk.sync(draft / MANIFEST)
+        size = sum(file.stat().st_size for file in draft.iterdir() if file.name != MANIFEST)
+        self.store.keep(draft, name)
         written = time.monotonic()
         if not self._insist(lambda: pointer.advance(self.redis, weights), f"publish weights {version}"):
-            shutil.rmtree(target)
+            self.store.remove(name)
             raise Superseded(
                 f"run {self.run_id}: weights {version} are outdated, a newer version was published meanwhile"
             )
         ended = time.monotonic()
-        self._base, self._since_snapshot = weights, self._since_snapshot + 1 if base else 0
+        if adapter is None:
+            self._base, self._since_snapshot = weights, self._since_snapshot + 1 if base else 0
         self._clean()
-        size = sum(file.stat().st_size for file in target.iterdir() if file.name != "manifest.json")
         BYTES.labels(weights.transport).inc(size)
         PUBLISHED.labels(self.run_id).set(version.version)
         SECONDS.labels("trainer", "write").observe(written - started)
@@ -157,19 +170,21 @@ class Publisher:
         if newest is not None and newest >= version:
             raise Superseded(f"run {self.run_id}: weights {version} are not newer than {newest}, published before")
 
+    def _remove_drafts(self) -> None:
+        """What an earlier trainer began and never finished."""
+        for draft in self.directory.glob("*-*.tmp"):
+            log.info("run %s: removing %s, which was never finished", self.run_id, draft.name)
+            shutil.rmtree(draft, ignore_errors=True)
+        for version, files in self.store.versions():
+            if MANIFEST not in files:
+                log.info("run %s: removing weights %s, which were never finished", self.run_id, version)
+                self.store.remove(f"{version.lineage}-{version.version}")
+
     def _clean(self) -> None:
-        """Delete drafts and all but the newest versions and those that they are made from."""
-        folders = []
-        for folder in self.directory.iterdir():
-            match = FOLDER.match(folder.name.removesuffix(".tmp"))
-            if match and folder.name.endswith(".tmp"):
-                log.info("run %s: removing %s, which was never finished", self.run_id, folder.name)
-                shutil.rmtree(folder, ignore_errors=True)
-            elif match:
-                folders.append(((int(match[1]), int(match[2])), folder))
-        versions = [folder for _, folder in sorted(folders)]
+        """Delete all but the newest versions and those that they are made from."""
+        versions = self.store.versions()
         kept = max(0, len(versions) - self.keep)
-        while kept and (versions[kept] / delta.INDEX).exists():
+        while kept and delta.INDEX in versions[kept][1]:
             kept -= 1
-        for folder in versions[:kept]:
-            shutil.rmtree(folder, ignore_errors=True)
+        for version, _ in versions[:kept]:
+            self.store.remove(f"{version.lineage}-{version.version}")

@@ -99,6 +99,10 @@ WATCHED: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {name: read(name) for name in NAMES}
 CASES["everything"] = merged(CASES["five-nodes-7b"], EVERYTHING)
 CASES["watched"] = merged(CASES["one-node"], WATCHED)
+CASES["bucket"] = merged(
+    CASES["five-nodes-7b"],
+    {"bucket": {"url": "s3://weights/rlif", "endpoint": "https://objects.example", "existingSecret": "objects"}},
+)
 CASES["external-redis"] = merged(CASES["one-node"], {"redis": {"enabled": False, "existingSecret": "queue"}})
 
 

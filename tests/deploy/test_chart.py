@@ -95,7 +95,8 @@ def test_every_part_reads_one_recipe_that_can_run(case):
     assert all(other == first for other in others) and len(others) == 3
     values = CASES[case]["trainer"]
     assert first.trainer.ranks == values.get("nodes", 1) * values.get("processesPerNode", 1)
-    assert str(first.weights_dir) == f"/weights/{first.run.name}" and str(first.run.dir) == f"/runs/{first.run.name}"
+    place = CASES[case].get("bucket", {}).get("url", "/weights")
+    assert str(first.weights_dir) == f"{place}/{first.run.name}" and str(first.run.dir) == f"/runs/{first.run.name}"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -296,6 +297,32 @@ def test_another_image_is_another_demo_job():
     assert image == "registry.example/ml/rlif-trainer:0.1.0"
 
 
+def test_versions_in_a_bucket_need_no_volume():
+    found = manifests("bucket")
+    assert "rlif-weights" not in {claim["metadata"]["name"] for claim in of_kind(found, "PersistentVolumeClaim")}
+    seen = set()
+    for workload, template in pods(found):
+        part = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        (container, *_) = template["spec"]["containers"]
+        assert "/weights" not in {mount["mountPath"] for mount in container.get("volumeMounts", [])}, workload
+        environment = {one["name"]: one for one in container.get("env", ())}
+        if part in ("rollout", "reward", "trainer"):
+            seen.add(part)
+            assert environment["AWS_ENDPOINT_URL"]["value"] == "https://objects.example"
+            assert environment["AWS_REGION"]["value"] == "us-east-1"
+            for name, key in (("AWS_ACCESS_KEY_ID", "access-key-id"), ("AWS_SECRET_ACCESS_KEY", "secret-access-key")):
+                assert environment[name]["valueFrom"] == {"secretKeyRef": {"name": "objects", "key": key}}
+        else:
+            assert not any(name.startswith("AWS_") for name in environment), workload
+    assert seen == {"rollout", "reward", "trainer"}
+
+
+def test_a_bucket_by_a_role_has_no_secret():
+    found = render(merged(read("one-node"), {"bucket": {"url": "s3://weights"}}))
+    environment = named(found, "StatefulSet", "rlif-rollout")["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert [one["name"] for one in environment if one["name"].startswith("AWS_")] == ["AWS_REGION"]
+
+
 # ---- bad values ------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -316,6 +343,10 @@ BAD = {
     "hubPeers": ({"networkPolicy": {"hubPeers": []}}, "networkPolicy/hubPeers"),
     "redisPorts": ({"networkPolicy": {"redisPorts": []}}, "networkPolicy/redisPorts"),
     "unknown": ({"trainers": {}}, "trainers"),
+    "bucket.url": ({"bucket": {"url": "gs://weights"}}, "bucket/url"),
+    "bucket.endpoint": ({"bucket": {"url": "s3://weights", "endpoint": "https://me:secret@x"}}, "bucket/endpoint"),
+    "a bucket without its URL": ({"bucket": {"existingSecret": "objects"}}, "bucket.url"),
+    "bucketPorts": ({"networkPolicy": {"bucketPorts": []}}, "networkPolicy/bucketPorts"),
     "autoscaling.by": ({"rollout": {"autoscaling": {"by": "lag"}}}, "rollout/autoscaling/by"),
     "two recipes": ({"recipeFile": "run: {name: a}"}, "recipe, recipeFile"),
     "external redis": ({"redis": {"enabled": False}}, "redis.existingSecret"),

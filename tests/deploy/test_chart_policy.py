@@ -209,11 +209,13 @@ def test_each_part_holds_only_the_tokens_it_needs(case):
     redis = "RLIF_REDIS_PASSWORD=password" if "redis" in tokens else "RLIF_REDIS_URL=url"
     api, admin = "RLIF_API_TOKEN=api-token", "RLIF_ADMIN_TOKEN=admin-token"
     hub = {"HF_TOKEN=token"} if CASES[case].get("hub", {}).get("existingSecret") else set()
+    keys = {"AWS_ACCESS_KEY_ID=access-key-id", "AWS_SECRET_ACCESS_KEY=secret-access-key"}
+    bucket = keys if CASES[case].get("bucket", {}).get("existingSecret") else set()
     expected = {
-        "rollout": {redis, api} | hub,
-        "trainer": {redis, api} | hub,
+        "rollout": {redis, api} | hub | bucket,
+        "trainer": {redis, api} | hub | bucket,
         "orchestrator": {redis, api, admin} | hub,
-        "reward": {redis, api, admin} | hub,
+        "reward": {redis, api, admin} | hub | bucket,
         "check": {api},
     }
     if case == "watched":
@@ -244,6 +246,17 @@ FLOW = {
     ("check", "sandbox"),
     ("check", "orchestrator"),
 }
+
+
+def test_a_bucket_in_the_cluster_is_reached_by_those_who_keep_weights():
+    peers = [{"podSelector": {"matchLabels": STRANGER.labels}}]
+    policy = {"bucketPorts": [9000], "bucketPeers": peers}
+    offline = {"hub": {"enabled": False}, "overrides": ["model.path=/models/m"], "networkPolicy": policy}
+    found = render(merged(CASES["bucket"], offline))
+    reach = {name for name, end in ends(found).items() if admits(found, end, STRANGER, 9000)}
+    assert reach == {"rollout", "reward", "trainer"}
+    outside = {name for name, end in ends(manifests("bucket")).items() if admits(found, end, INTERNET, 443)}
+    assert not outside
 
 
 @every_case

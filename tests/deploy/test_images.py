@@ -137,14 +137,14 @@ def test_services_install_no_more_than_they_need():
         return {extra for match in found if match for extra in match[1].split(",") if extra}
 
     wanted = {
-        "rollout": {"otel", "model"},
-        "reward": {"otel", "model", "verify"},
-        "trainer": {"otel", "model", "train", "tracking"},
+        "rollout": {"otel", "model", "s3"},
+        "reward": {"otel", "model", "verify", "s3"},
+        "trainer": {"otel", "model", "train", "tracking", "s3"},
         "orchestrator": {"otel", "data", "tokenizer"},
         "sandbox": {"otel"},
-        "rollout-gpu": {"otel", "model"},
-        "reward-gpu": {"otel", "model", "verify"},
-        "trainer-gpu": {"otel", "train", "tracking"},
+        "rollout-gpu": {"otel", "model", "s3"},
+        "reward-gpu": {"otel", "model", "verify", "s3"},
+        "trainer-gpu": {"otel", "train", "tracking", "s3"},
     }
     assert {target: installed(target) for target in TARGETS} == wanted
     assert set().union(*wanted.values()) <= set(extras)

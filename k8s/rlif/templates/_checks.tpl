@@ -10,6 +10,9 @@
 {{- fail (printf "%s.autoscaling.minReplicas: %d is more than maxReplicas, %d" . (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
 {{- end -}}
 {{- end -}}
+{{- if and (not .Values.bucket.url) (or .Values.bucket.existingSecret .Values.bucket.endpoint) -}}
+{{- fail "bucket.url: is required with bucket.existingSecret or bucket.endpoint, e.g. s3://weights/rlif" -}}
+{{- end -}}
 {{- $claim := .Values.storage.run -}}
 {{- if and (gt (int $trainer.nodes) 1) (not $claim.existingClaim) (not (has "ReadWriteMany" $claim.accessModes)) -}}
 {{- fail (printf "storage.run.accessModes: %s with trainer.nodes: %d; several nodes write one checkpoint, so it must hold ReadWriteMany" (toJson $claim.accessModes) (int $trainer.nodes)) -}}

@@ -35,6 +35,16 @@
     {{- toYaml .Values.networkPolicy.hubPeers | nindent 4 }}
 {{- end }}
 {{- end }}
+{{- define "rlif.toBucket" }}
+{{- if .Values.bucket.url }}
+- ports:
+    {{- range .Values.networkPolicy.bucketPorts }}
+    - {port: {{ int . }}, protocol: TCP}
+    {{- end }}
+  to:
+    {{- toYaml (.Values.networkPolicy.bucketPeers | default .Values.networkPolicy.hubPeers) | nindent 4 }}
+{{- end }}
+{{- end }}
 {{- define "rlif.fromPrometheus" }}
 {{- if .root.Values.monitoring.enabled }}
 - from:

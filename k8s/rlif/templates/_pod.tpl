@@ -94,6 +94,22 @@ capabilities:
 {{- end }}
 {{- end -}}
 
+{{/* Where the versions of the weights are, for those who write and read them. Without a Secret, a role gives the keys. */}}
+{{- define "rlif.bucketEnv" -}}
+{{- with .Values.bucket }}
+{{- if .url }}
+- {name: AWS_REGION, value: {{ .region }}}
+{{- with .endpoint }}
+- {name: AWS_ENDPOINT_URL, value: {{ . | quote }}}
+{{- end }}
+{{- with .existingSecret }}
+{{ include "rlif.secretEnv" (list "AWS_ACCESS_KEY_ID" . "access-key-id") }}
+{{ include "rlif.secretEnv" (list "AWS_SECRET_ACCESS_KEY" . "secret-access-key") }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* Everything that is written lies in /cache and /tmp; the root file system is read-only. */}}
 {{- define "rlif.env" -}}
 - {name: HOME, value: /cache}

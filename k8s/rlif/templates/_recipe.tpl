@@ -50,7 +50,7 @@
 {{- $sandbox := printf "http://%s-sandbox:%d" (include "rlif.fullname" .) (int .Values.sandbox.port) -}}
 {{- $all := list
   (printf "run.dir=/runs/%s" $run)
-  (printf "weights.dir=/weights/%s" $run)
+  (printf "weights.dir=%s/%s" (.Values.bucket.url | default "/weights") $run)
   (printf "rollout.urls=%s" (include "rlif.addresses" (dict "root" . "part" "rollout")))
   (printf "scorer.urls=%s" (include "rlif.addresses" (dict "root" . "part" "reward")))
   (printf "trainer.ranks=%s" (include "rlif.ranks" .))

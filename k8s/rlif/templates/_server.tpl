@@ -38,6 +38,7 @@ spec:
           valueFrom:
             fieldRef: {fieldPath: status.podIP}
         {{- end }}
+        {{- include "rlif.bucketEnv" .root | trim | nindent 8 }}
         {{- include "rlif.env" . | nindent 8 }}
       {{- if ne .role "worker" }}
       ports:
@@ -50,13 +51,17 @@ spec:
         {{- include "rlif.containerSecurity" . | nindent 8 }}
       volumeMounts:
         {{- include "rlif.mounts" . | nindent 8 }}
+        {{- if not .root.Values.bucket.url }}
         - {name: weights, mountPath: /weights, readOnly: true}
+        {{- end }}
         - {name: shm, mountPath: /dev/shm}
   volumes:
     {{- include "rlif.volumes" . | nindent 4 }}
     {{- include "rlif.shm" . | nindent 4 }}
+    {{- if not .root.Values.bucket.url }}
     - name: weights
       persistentVolumeClaim: {claimName: {{ include "rlif.claim" (dict "root" .root "name" "weights") }}}
+    {{- end }}
 {{- end -}}
 
 {{/* Replicas with addresses of their own, and a Service for clients that want any of them. */}}
