@@ -15,7 +15,7 @@ from tiny import make_tiny_model
 from reward_server.sandbox.bubblewrap import Bubblewrap
 from services.steps import read_steps
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.recipes, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parent.parent
 RIGHT, WRONG = (f"```python\nprint({factor}*int(input()))\n```" for factor in (2, 3))

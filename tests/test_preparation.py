@@ -180,8 +180,12 @@ def test_a_prompt_is_put_around_each_problem_and_counted(run, tmp_path):
     assert sorted(len(row["messages"][1]["content"]) for row in written) == [1, 10]
     assert all(row["messages"][0] == {"role": "system", "content": prompt.system} for row in written)
     assert [[m.model_dump() for m in task.messages] for task in load(out)] == [row["messages"] for row in written]
-    bare = run(source, out, "--fields", "prompt=q", "--tokenizer", tokenizer, "--max-prompt-tokens", 11)
-    assert bare["dropped"]["too_long"] == 2
+    bare = run(source, tmp_path / "bare.jsonl", "--fields", "prompt=q", "--tokenizer", tokenizer)
+    assert bare["dropped"]["too_long"] == 0
+    bare_ids = [row["id"] for row in lines(tmp_path / "bare.jsonl") if len(row["prompt"]) < 99]
+    assert [row["id"] for row in written] == bare_ids
+    short = run(source, out, "--fields", "prompt=q", "--tokenizer", tokenizer, "--max-prompt-tokens", 11)
+    assert short["dropped"]["too_long"] == 2
 
 
 # ---- the known data sets ---------------------------------------------------------------------------------------
@@ -346,6 +350,7 @@ def test_7500_rows_take_seconds(run, tmp_path):
         (["M", "o.jsonl", "--fields", "prompt=gone"], "no field 'gone'; it has 'problem', 'solution'"),
         (["M", "o.jsonl"], "data.fields: say which column is what"),
         (["gsm8k", "o.jsonl", "--file", "M"], "no field 'question'"),
+        (["C", "o.jsonl", "--prompt", "verl-boxed@1"], "is put around a text, and the rows of C.jsonl have whole"),
         (["math", "o.jsonl", "--file", "M", "--prompt", "nice"], "--prompt: there is no prompt 'nice'"),
         (["math", "o.jsonl", "--file", "M", "--keep", "0:1"], "--pass-rates and --keep belong together"),
         (["math", "o.jsonl", "--file", "M", "--rating", "1:2"], "--rating 1:2: only the problems of code_contests"),
@@ -357,9 +362,9 @@ def test_7500_rows_take_seconds(run, tmp_path):
 )
 def test_refusals_are_one_line(monkeypatch, capsys, tmp_path, arguments, says):
     monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "M", MATH)
     write_jsonl(tmp_path / "M.jsonl", MATH)
-    arguments = ["M.jsonl" if argument == "M" else argument for argument in arguments]
+    write_jsonl(tmp_path / "C.jsonl", [{"messages": [{"role": "system", "content": "s"}]}])
+    arguments = [f"{argument}.jsonl" if argument in ("M", "C") else argument for argument in arguments]
     code, _, err = rlif(monkeypatch, capsys, "data", "prepare", *arguments)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("rlif: ") and says.replace("--file M:", "--file M.jsonl:") in last

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from services import prompts
 from services.contract import Reference
 from services.preparation import manifest
-from services.preparation.known import KNOWN, Known
+from services.preparation.known import KNOWN
 from services.preparation.prepare import Filters, prepare, write
 from services.recipe import explain
 from services.recipe_sections import Data, Fields
@@ -85,23 +85,22 @@ def _verify(rows: list[Row], reward: str, workers: int, console: Console) -> dic
     return {"reward": reward, "answers": len(asked), "not_verified": len(failed), "which": shown}
 
 
-def _source(known: Known | None, what: str, file: Path | None, **given: Any) -> Data:
-    """Where the rows are, and what their columns mean. Raises StartupError naming the option."""
+def _data(what: str, file: Path | None, **given: Any) -> Data:
+    """Where the rows are, and what their columns mean; what is given wins. Raises StartupError naming the option."""
+    known = KNOWN.get(what)
+    settings: dict[str, Any] = {"path": what}
     if known is not None:
         for option in ("fields", "answer_pattern"):
             if given[option] is not None:
                 raise StartupError(f"--{option.replace('_', '-')}: the columns of {what!r} are known")
-        defaults = {"config": known.config, "split": known.split, "source": known.source}
-        path = known.path if file is None else str(file)
-        given |= {"fields": known.fields, "answer_pattern": known.answer_pattern}
+        settings = {
+            "path": known.path if file is None else str(file),
+            **{name: getattr(known, name) for name in ("config", "split", "source", "fields", "answer_pattern")},
+        }
     elif file is not None:
         raise StartupError(f"--file {file}: is for a data set known by name ({', '.join(KNOWN)}), not {what!r}")
-    else:
-        defaults = {"split": "train", "source": "default"}
-        path = what
-    settings = {"path": path, **defaults, **{name: value for name, value in given.items() if value is not None}}
     try:
-        return Data.model_validate(settings)
+        return Data.model_validate(settings | {name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise StartupError(explain(error)) from error
 
@@ -179,12 +178,10 @@ def prepare_command(
         prompt = None if prompt is None else prompts.named(prompt).name
     except ValueError as error:
         raise StartupError(f"--prompt: {error}") from error
-    data = _source(
-        known, what, file, config=config, split=split, revision=revision, source=source, answer_pattern=answer_pattern,
+    data = _data(
+        what, file, config=config, split=split, revision=revision, source=source, answer_pattern=answer_pattern,
         fields=_fields(fields),
     )  # fmt: skip
-    if prompt is not None and data.fields is not None and data.fields.messages is not None:
-        raise StartupError(f"--prompt {prompt}: is put around a text; {what!r} has whole messages")
     filters = Filters(
         rating=_range("--rating", rating), decontaminate=decontaminate or [], pass_rates=pass_rates or [],
         pass_rate_field=pass_rate_field, keep=_range("--keep", keep) or (0.0, 1.0), tokenizer=tokenizer,

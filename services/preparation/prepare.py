@@ -58,6 +58,8 @@ def prepare(data: Data, known: Known | None, filters: Filters, seed: int, prompt
     dropped: Counter[str] = Counter()
     table = rows.table(data.path, data.config, data.split, data.revision)
     found = tasks(table if known is None else _reshaped(table, known, filters.rating, dropped), data)
+    if prompt is not None and any([message.role for message in task.messages or []] != ["user"] for task in found):
+        raise DataError(f"--prompt {prompt}: is put around a text, and the rows of {data.path} have whole messages")
     read = len(found) + dropped.total()
     for name, keeps in _filters(filters, prompt, seed):
         kept = keeps(found)

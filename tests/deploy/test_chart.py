@@ -397,6 +397,7 @@ def test_bad_values_are_refused_by_name(bad):
         ({}, "recipe.run.name"),
         ({"recipeFile": "model: {}"}, "recipe.run.name"),
         ({"recipeFile": "run: ["}, "recipeFile"),
+        ({"recipeFile": "extends: base.yaml\nrun: {name: a}"}, "recipeFile: extends base.yaml"),
         (
             {"recipeFile": "run: {name: a}\nqueue: {url: redis://:secret@x}"},
             "recipeFile: queue.url may hold a password",

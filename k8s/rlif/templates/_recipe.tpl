@@ -8,6 +8,9 @@
 {{- if hasKey $tree "Error" -}}
 {{- fail (printf "recipeFile: is not YAML: %s" $tree.Error) -}}
 {{- end -}}
+{{- if hasKey $tree "extends" -}}
+{{- fail (printf "recipeFile: extends %s, which is not here: give the recipe whole (rlif recipe show FILE > whole.yaml)" $tree.extends) -}}
+{{- end -}}
 {{- if hasKey ($tree.queue | default dict) "url" -}}
 {{- fail "recipeFile: queue.url may hold a password, and a recipe lies in a ConfigMap: leave it out; redis.existingSecret names redis" -}}
 {{- end -}}
