@@ -1,15 +1,16 @@
 """Confidence intervals by the bootstrap, over tasks: the completions of one task are not independent, the tasks are."""
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import BaseModel, ConfigDict
 
 RESAMPLES = 2000
 
 
-class Interval(NamedTuple):
+class Interval(BaseModel):
     """A mean and where it lies, from `low` to `high`."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     mean: float
     low: float
@@ -33,4 +34,4 @@ def interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> Interval 
     drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     tail = 50 * (1 - level)
     low, high = np.percentile(values[drawn].mean(axis=1), [tail, 100 - tail])
-    return Interval(float(values.mean()), float(low), float(high))
+    return Interval(mean=float(values.mean()), low=float(low), high=float(high))

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from services import prompts
 from services.algorithms import Objective
 from services.contract import Sampling
 from services.section import Section
@@ -104,6 +105,7 @@ class Data(Section):
     """A JSONL or Parquet file, a folder `save_to_disk` made, or a Hugging Face data set name.
 
     `answer_pattern` is a regex with one group that cuts the answer out of the answer column (GSM8K: `####\\s*(.+)`).
+    `prompt` names what is said around a problem (services/prompts.yaml); `system_prompt` is a text of your own instead.
     """
 
     path: PlainName
@@ -112,6 +114,7 @@ class Data(Section):
     revision: str | None = None
     source: str = "default"
     fields: Fields
+    prompt: Annotated[str, AfterValidator(lambda name: prompts.named(name).name)] | None = None
     system_prompt: str | None = None
     answer_pattern: str | None = None
     shuffle: bool = True
@@ -122,6 +125,16 @@ class Data(Section):
     def one_prompt_column(self) -> Self:
         if (self.fields.prompt is None) == (self.fields.messages is None):
             raise ValueError("fields: give exactly one of `prompt` and `messages`")
+        return self
+
+    @model_validator(mode="after")
+    def one_prompt_around_it(self) -> Self:
+        if self.prompt is None:
+            return self
+        if self.system_prompt is not None:
+            raise ValueError(f"system_prompt: prompt {self.prompt!r} brings its own; give one of the two")
+        if self.fields.messages is not None and prompts.named(self.prompt).templates:
+            raise ValueError(f"prompt: {self.prompt!r} is put around the text of fields.prompt, not fields.messages")
         return self
 
     @model_validator(mode="after")

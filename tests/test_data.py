@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 from tiny import make_tiny_tokenizer
 
-from services import recipe
+from services import prompts, recipe
 from services.contract import group_id
 from services.orchestrator import data
 
@@ -56,6 +56,20 @@ def test_a_row_becomes_a_task(tokenizer, jsonl):
     task = source.task(3)
     assert [(m.role, m.content) for m in task.messages] == [("system", "Think."), ("user", "3+3?")]
     assert (task.reference.answer, task.source, task.prompt) == ("6", "gsm8k", None)
+
+
+def test_a_named_prompt_stands_around_the_problem(tokenizer, jsonl, tmp_path):
+    task = load(tokenizer, jsonl, prompt="verl-boxed@1", shuffle=False).task(3)
+    boxed = prompts.named("verl-boxed@1")
+    assert task.messages == boxed.messages("3+3?")
+    code = prompts.named("code-contests@1")
+    for seed in (0, 1):
+        tasks = load(tokenizer, jsonl, prompt=code.name, seed=seed, shuffle=False, max_prompt_tokens=1024).tasks
+        assert [t.messages for t in tasks] == [code.messages(f"{n}+{n}?", seed) for n in range(23)]
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    path = write_jsonl(tmp_path / "c.jsonl", [{"chat": chat}, {"chat": chat[1:]}])
+    with pytest.raises(data.DataError, match="line 1: field 'chat': already starts .* leave data.prompt out"):
+        load(tokenizer, path, fields={"messages": "chat"}, prompt="verl-boxed@1")
 
 
 def test_formats_agree(tokenizer, jsonl, tmp_path):

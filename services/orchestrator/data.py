@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from services import prompts
 from services.contract import Message, Reference, Task, group_id
 from services.recipe import Data, Recipe
 from services.startup import StartupError
@@ -145,31 +146,34 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _messages(row: dict[str, Any], data: Data) -> list[Message]:
+def _messages(row: dict[str, Any], data: Data, seed: int) -> list[Message]:
+    prompt = None if data.prompt is None else prompts.named(data.prompt)
     if data.fields.prompt is not None:
         text = row[data.fields.prompt]
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"is text (got {text!r:.80})")
-        messages = [Message(role="user", content=text)]
+        messages = [Message(role="user", content=text if prompt is None else prompt.user(text, seed))]
     else:
         assert data.fields.messages is not None
         given = row[data.fields.messages]
         if not isinstance(given, list) or not given:
             raise ValueError(f'is a list of {{"role", "content"}} (got {given!r:.80})')
         messages = [Message.model_validate(message) for message in given]
-    if data.system_prompt is None:
+    system = data.system_prompt if prompt is None else prompt.system
+    if system is None:
         return messages
     if messages[0].role == "system":
-        raise ValueError("already starts with a system message: leave data.system_prompt out")
-    return [Message(role="system", content=data.system_prompt), *messages]
+        key = "system_prompt" if prompt is None else "prompt"
+        raise ValueError(f"already starts with a system message: leave data.{key} out")
+    return [Message(role="system", content=system), *messages]
 
 
-def _task(row: dict[str, Any], data: Data, pattern: re.Pattern[str] | None, chat: bool) -> Task:
+def _task(row: dict[str, Any], data: Data, pattern: re.Pattern[str] | None, chat: bool, seed: int) -> Task:
     """Raises ValueError with a message that starts with the field's name."""
     fields = data.fields
     name: str | None = fields.prompt or fields.messages
     try:
-        messages = _messages(row, data)
+        messages = _messages(row, data, seed)
         name = fields.answer
         answer = _answer(row[fields.answer], pattern) if fields.answer else None
         name = fields.tests
@@ -314,7 +318,7 @@ def load(recipe: Recipe, tokenizer: Any = None, data: Data | None = None) -> Tas
             if data.limit is not None and number >= data.limit:
                 return
             try:
-                yield where, _task(row, data, pattern, chat)
+                yield where, _task(row, data, pattern, chat, recipe.run.seed)
             except ValueError as error:
                 raise DataError(f"{where}: {error}") from error
 

@@ -206,6 +206,7 @@ def test_an_installed_package_carries_the_demo_s_recipe(tmp_path):
     files = zipfile.ZipFile(next(tmp_path.glob("rlif-*.whl"))).namelist()
     data = f"rlif-{version('rlif')}.data/data/"
     assert f"{data}share/rlif/recipes/demo.yaml" in files and "reward_server/scorer/fused.cpp" in files
+    assert "services/prompts.yaml" in files
     assert Path(sysconfig.get_path("data")) / "share/rlif/recipes" in demo.RECIPES
 
 
