@@ -97,6 +97,14 @@ def without_length(values: Sequence[ArrayLike], lengths: Sequence[ArrayLike]) ->
     return [y - slope * x for x, y in zip(xs, ys, strict=True)]
 
 
+def length_correlation(values: Sequence[ArrayLike], lengths: Sequence[ArrayLike]) -> float | None:
+    """Pearson's r of value and length inside the groups (each less its group's mean, all groups at once); none where
+    either does not vary."""
+    y, x = (np.concatenate([*map(_centred, groups), np.empty(0)]) for groups in (values, lengths))
+    spread = math.sqrt(float(y @ y) * float(x @ x))
+    return float(x @ y) / spread if spread else None
+
+
 def _centred(values: ArrayLike) -> Floats:
     values = np.asarray(values, np.float64)
     return values - values.mean() if len(values) else values

@@ -1,5 +1,6 @@
 """A server as a child process of a command that needs one for a while."""
 
+import os
 import signal
 import subprocess
 import tempfile
@@ -16,8 +17,11 @@ from services.supervisor import die_with_parent
 
 
 @contextmanager
-def serving(kind: str, *options: str, deadline_seconds: float = 300.0) -> Iterator[str]:
+def serving(
+    kind: str, *options: str, deadline_seconds: float = 300.0, env: dict[str, str] | None = None
+) -> Iterator[str]:
     """`rlif serve <kind> <options>` on a free loopback port; yields its URL once it is ready, stops it at the end.
+    `env` is added to the environment.
 
     Raises StartupError with the end of the server's log when it does not become ready.
     """
@@ -25,7 +29,13 @@ def serving(kind: str, *options: str, deadline_seconds: float = 300.0) -> Iterat
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as out:
         argv = [*RLIF, "serve", kind, "--port", str(port), *options]
-        process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+        process = subprocess.Popen(
+            argv,
+            env={**os.environ, **(env or {})},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
         try:
             _wait_ready(kind, url, process, out, deadline_seconds)
             yield url
