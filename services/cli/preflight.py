@@ -3,7 +3,7 @@
 import asyncio
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,6 +89,28 @@ def run_preflight(
         return asyncio.run(_ask(plan, chosen.run.name, samples, urls, console))
 
 
+def gate(chosen: recipe.Recipe, console: Console) -> None:
+    """A preflight with the recipe's own prompt alone. Raises StartupError on a stop sign."""
+    from services.preflight.tables import show_verdict
+
+    report = _checked(lambda: run_preflight(chosen, console, others=False), console)
+    console.print("preflight, before training:", highlight=False)
+    show_verdict(report, console)
+    if report.verdict.level == "stop":
+        raise StartupError("--preflight: do not train on this as it is: " + "; ".join(report.verdict.reasons))
+
+
+def _checked(fly: Callable[[], "Report"], console: Console) -> "Report":
+    """Raises typer.Exit where a server failed or refused, with a line that says which."""
+    from services.clients import CallError, Refused
+
+    try:
+        return fly()
+    except CallError as error:
+        console.print(f"rlif: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(EXIT_REFUSED if isinstance(error, Refused) else EXIT_FAILED) from error
+
+
 def preflight(
     recipe_path: RecipePath,
     overrides: Overrides = None,
@@ -101,7 +123,6 @@ def preflight(
 ) -> None:
     """Before training: does the recipe's reward prefer right answers, which prompt and reward look best, and is there
     anything to learn? Exit code 2 on a clear sign that training would do harm or come to nothing."""
-    from services.clients import CallError, Refused
     from services.preflight.tables import show
 
     logs.configure("WARNING")
@@ -110,11 +131,7 @@ def preflight(
     if out is not None:
         _check_writable(out)
     console = Console(stderr=True)
-    try:
-        report = run_preflight(chosen, console, prompts, samples)
-    except CallError as error:
-        console.print(f"rlif: {error}", style="red", highlight=False, markup=False)
-        raise typer.Exit(EXIT_REFUSED if isinstance(error, Refused) else EXIT_FAILED) from error
+    report = _checked(lambda: run_preflight(chosen, console, prompts, samples), console)
     text = report.model_dump_json(indent=2) + "\n"
     if out is not None:
         out.write_text(text)
