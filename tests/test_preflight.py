@@ -511,13 +511,15 @@ def recipe_file(tiny_model, tmp_path) -> Path:
 def test_a_preflight_by_running_servers(urls, recipe_file, tmp_path, monkeypatch, capfd):
     rollout_url, reward_url = urls
     out = tmp_path / "report.json"
-    arguments = ("--rollout-url", rollout_url, "--reward-url", reward_url, "--prompts", 3, "--samples", 4)
+    arguments = ("--rollout-url", rollout_url, "--reward-url", reward_url, "--prompts", 2, "--samples", 3)
     code, shown, _ = run(monkeypatch, capfd, "preflight", recipe_file, *arguments, "--json", "--out", out)
     found = report.Report.model_validate_json(shown)
     assert code == 0 and found == report.Report.model_validate_json(out.read_text())
-    assert (found.judge, found.run, found.samples, found.weight_version) == ("exact_match", "r", 4, str(Version()))
-    assert [prompt.name for prompt in found.prompts][:2] == ["none", "intuitor-1.5b@1"] and len(found.prompts) == 8
-    assert all(prompt.tasks == 3 and prompt.failed == 0 for prompt in found.prompts)
+    assert (found.judge, found.run, found.samples, found.weight_version) == ("exact_match", "r", 3, str(Version()))
+    assert [prompt.name for prompt in found.prompts][:2] == ["none", "intuitor-1.5b@1"] and len(
+        found.prompts
+    ) == 1 + sum(prompt.domain == "math" for prompt in prompts.every())
+    assert all(prompt.tasks == 2 and prompt.failed == 0 for prompt in found.prompts)
     assert found.own.truncated > 0.5 and found.verdict.level == "caution"
     rewards = {reward.name: reward for reward in found.own.rewards}
     assert set(rewards) == {"recipe", *INTRINSIC, "majority_vote", "certainty_weighted_vote"}

@@ -16,6 +16,7 @@ from services import logs, recipe
 from services.cli.launch import environment, share
 from services.cli.recipes import check_rewards
 from services.model_folder import check_local
+from services.recipe_sections import Rollout, Scorer
 from services.startup import StartupError
 from services.supervisor import EXIT_FAILED, EXIT_REFUSED
 
@@ -34,22 +35,23 @@ LOADING_SECONDS = 3600.0
 @contextmanager
 def _servers(chosen: recipe.Recipe, console: Console) -> Iterator[tuple[str, str]]:
     """(rollout URL, reward URL): the recipe's, or a server of each kind as `rlif up` would start it."""
-    from services.cli.child import serving
+    from services.cli.child import starting
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlif-preflight-")))
         path = folder / "recipe.yaml"
         path.write_text(recipe.dump(chosen))
-        urls = []
-        for kind, section in (("rollout", chosen.rollout), ("reward", chosen.scorer)):
+
+        def start(kind: str, section: Rollout | Scorer) -> Callable[[float], str]:
             if section.urls:
-                urls.append(section.urls[0])
-                continue
+                return lambda _: section.urls[0]
             env = environment(chosen, section.threads, share(section.gpus, 0, section.replicas))
-            with console.status(f"starting a {kind} server"):
-                options = ("--recipe", str(path), "--no-follow")
-                urls.append(stack.enter_context(serving(kind, *options, deadline_seconds=LOADING_SECONDS, env=env)))
-        yield urls[0], urls[1]
+            return stack.enter_context(starting(kind, "--recipe", str(path), "--no-follow", env=env))
+
+        rollout, reward = start("rollout", chosen.rollout), start("reward", chosen.scorer)
+        with console.status("waiting for the servers"):
+            urls = rollout(LOADING_SECONDS), reward(LOADING_SECONDS)
+        yield urls
 
 
 async def _ask(plan: "Plan", run: str, samples: int, urls: tuple[str, str], console: Console) -> "Report":

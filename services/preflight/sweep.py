@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, islice
 from typing import Any
 
 from services import prompts
@@ -87,7 +86,7 @@ def choose(recipe: Recipe, tokenizer: Any, limit: int) -> list[Task]:
     """The first tasks of the run, without any prompt around them. Raises DataError."""
     bare = recipe.data.model_copy(update={"prompt": None, "system_prompt": None})
     source = load(recipe, tokenizer, bare)
-    return [source.task(index) for index in islice(count(), min(limit, len(source.tasks)))]
+    return [source.task(index) for index in range(min(limit, len(source.tasks)))]
 
 
 def arranged(recipe: Recipe, tokenizer: Any, tasks: Sequence[Task], tried: Sequence[Variant]) -> dict[str, list[Task]]:
@@ -100,7 +99,5 @@ def arranged(recipe: Recipe, tokenizer: Any, tasks: Sequence[Task], tried: Seque
     lengths = [list(prompt_lengths(those, tokenizer)) for those in found.values()]
     kept = [place for place in range(len(tasks)) if max(of[place] for of in lengths) <= most]
     if not kept:
-        raise StartupError(
-            f"data.max_prompt_tokens: with a prompt around it every problem is longer than {most} tokens"
-        )
+        raise StartupError(f"data.max_prompt_tokens: with a prompt around it, no problem fits into {most} tokens")
     return {name: [those[place] for place in kept] for name, those in found.items()}
