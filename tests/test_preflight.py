@@ -354,7 +354,7 @@ def test_the_judge_is_the_recipes_or_fits_the_references():
 
 def test_the_recipes_own_terms_stay_and_the_others_are_only_measured():
     judge = RewardTerm(name="exact_match", params={"regex": "is (.)", "case": False})
-    found = measured(recipe_of(), SPEC, judge)
+    found = measured(SPEC, judge, {"default"})
     assert found.spec.rewards[0] == SPEC.rewards[0] and found.spec.combine == SPEC.combine
     assert all(term.weight == 0 for term in found.spec.rewards[1:])
     assert found.intrinsic["self_certainty"] == "sure" and found.trained == ("self_certainty",)
@@ -366,11 +366,11 @@ def test_the_recipes_own_terms_stay_and_the_others_are_only_measured():
 
 def test_keys_that_are_taken_and_answers_that_cannot_be_compared():
     taken = RewardSpec(rewards=[RewardTerm(name="length", label="margin"), RewardTerm(name="code_tests")])
-    found = measured(recipe_of(), taken, taken.rewards[1])
+    found = measured(taken, taken.rewards[1], {"default"})
     assert found.intrinsic["margin"] == "margin.preflight" and found.judge == "code_tests"
     assert found.majority is None and "majority_vote" not in found.intrinsic
     other = RewardTerm(name="code_tests", params={"timeout": 3})
-    assert measured(recipe_of(), taken, other).judge == "code_tests.preflight"
+    assert measured(taken, other, {"default"}).judge == "code_tests.preflight"
 
 
 def test_every_reward_it_measures_is_one():
@@ -380,14 +380,14 @@ def test_every_reward_it_measures_is_one():
     judges = [None, *(RewardTerm(name=name) for name in ("math_verify", "gsm8k", "multiple_choice", "code_tests"))]
     judges += [RewardTerm(name="exact_match"), RewardTerm(name="exact_match", params={"regex": "(.)"})]
     for judge in judges:
-        check_spec(measured(recipe_of(), SPEC, judge).spec)
+        check_spec(measured(SPEC, judge, {"default"}).spec)
 
 
 def test_the_servers_recipe():
     long = recipe_of(run={"name": "n" * 64, "dir": "runs/r"})
-    found = with_spec(long, measured(long, SPEC, None).spec)
+    found = with_spec(long, measured(SPEC, None, {"default"}).spec)
     assert found.run.name == "n" * 54 + ".preflight" and found.run.seed == long.run.seed
-    assert found.spec == measured(long, SPEC, None).spec
+    assert found.spec == measured(SPEC, None, {"default"}).spec
 
 
 # ---- prompts -------------------------------------------------------------------------------------------------------

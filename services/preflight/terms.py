@@ -49,8 +49,9 @@ def find_judge(recipe: Recipe, spec: RewardSpec, tasks: Sequence[Task]) -> Rewar
     if recipe.evaluation is not None:
         given = recipe.evaluation.rewards
         evaluation = [RewardTerm(name=given)] if isinstance(given, str) else given
+    sources = {task.source for task in tasks}
     for term in [*evaluation, *spec.rewards]:
-        if term.name in JUDGES and (term.sources is None or recipe.data.source in term.sources):
+        if term.name in JUDGES and (term.sources is None or not sources.isdisjoint(term.sources)):
             return term
     references = [task.reference for task in tasks if task.reference is not None]
     if any(reference.tests for reference in references) and recipe.scorer.sandbox != "none":
@@ -72,14 +73,15 @@ def _answers_of(judge: RewardTerm | None) -> dict[str, Any] | None:
     return None
 
 
-def measured(recipe: Recipe, spec: RewardSpec, judge: RewardTerm | None) -> Terms:
-    """The recipe's spec with what is missing added at weight 0. Rewards that the recipe has stay as it has them."""
+def measured(spec: RewardSpec, judge: RewardTerm | None, sources: set[str]) -> Terms:
+    """The recipe's spec with what is missing added at weight 0. Rewards that it has for all the tasks' `sources` stay
+    as it has them."""
     terms = list(spec.rewards)
 
     def key_of(name: str, params: dict[str, Any], own_params: bool = False) -> str:
         """Of the recipe's term, or of a new one. `own_params`: only a term with these very parameters will do."""
         for term in terms:
-            routed = term.sources is None or recipe.data.source in term.sources
+            routed = term.sources is None or sources <= set(term.sources)
             if term.name == name and routed and (not own_params or term.params == params):
                 return term.key
         is_free = all(term.key != name for term in terms)
