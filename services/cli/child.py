@@ -1,10 +1,11 @@
 """A server as a child process of a command that needs one for a while."""
 
+import os
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
@@ -16,19 +17,29 @@ from services.supervisor import die_with_parent
 
 
 @contextmanager
-def serving(kind: str, *options: str, deadline_seconds: float = 300.0) -> Iterator[str]:
-    """`rlif serve <kind> <options>` on a free loopback port; yields its URL once it is ready, stops it at the end.
+def starting(kind: str, *options: str, env: dict[str, str] | None = None) -> Iterator[Callable[[float], str]]:
+    """`rlif serve <kind> <options>` on a free loopback port, stopped at the end; `env` is added to the environment.
 
-    Raises StartupError with the end of the server's log when it does not become ready.
+    Yields what waits for it, at most so many seconds, and returns its URL once it is ready. That raises StartupError
+    with the end of the server's log when it does not become ready.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as out:
-        argv = [*RLIF, "serve", kind, "--port", str(port), *options]
-        process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
-        try:
+        process = subprocess.Popen(
+            [*RLIF, "serve", kind, "--port", str(port), *options],
+            env={**os.environ, **(env or {})},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
+
+        def ready(deadline_seconds: float) -> str:
             _wait_ready(kind, url, process, out, deadline_seconds)
-            yield url
+            return url
+
+        try:
+            yield ready
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -36,6 +47,13 @@ def serving(kind: str, *options: str, deadline_seconds: float = 300.0) -> Iterat
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def serving(kind: str, *options: str, deadline_seconds: float = 300.0) -> Iterator[str]:
+    """`starting`, waited for: yields the URL of a server that is ready."""
+    with starting(kind, *options) as ready:
+        yield ready(deadline_seconds)
 
 
 def _wait_ready(kind: str, url: str, process: subprocess.Popen, out, deadline_seconds: float) -> None:

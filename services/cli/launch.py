@@ -27,7 +27,7 @@ def environment(recipe: Recipe, threads: int | None, gpus: Sequence[int | str] |
     return wanted if threads is None else {**wanted, "OMP_NUM_THREADS": str(threads)}
 
 
-def _share(gpus: list[int] | None, number: int, replicas: int) -> list[int] | None:
+def share(gpus: list[int] | None, number: int, replicas: int) -> list[int] | None:
     """The devices of replica `number`."""
     if gpus is None:
         return None
@@ -78,11 +78,11 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
     except OSError as error:
         raise StartupError(f"cannot write {resolved}: {error.strerror}") from error
     for number, port in enumerate(rollout_ports):
-        gpus = _share(recipe.rollout.gpus, number, recipe.rollout.replicas)
+        gpus = share(recipe.rollout.gpus, number, recipe.rollout.replicas)
         env = environment(recipe, recipe.rollout.threads, gpus)
         services.append(_server("rollout", number, port, resolved, env))
     for number, port in enumerate(reward_ports):
-        gpus = _share(recipe.scorer.gpus, number, recipe.scorer.replicas)
+        gpus = share(recipe.scorer.gpus, number, recipe.scorer.replicas)
         env = environment(recipe, recipe.scorer.threads, gpus)
         services.append(_server("reward", number, port, resolved, env))
     services.append(_trainer(recipe, resolved, resume))

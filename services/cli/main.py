@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from services import traces
-from services.cli import clusters, data, demo, recipes, run, score, serve
+from services.cli import clusters, data, demo, preflight, recipes, run, score, serve
 from services.recipe import RecipeError
 from services.redis import DeadlineExceeded
 from services.startup import StartupError
@@ -26,6 +26,7 @@ app.command()(demo.demo)
 app.command()(demo.demo_all)
 app.command()(demo.demo_model)
 app.command()(demo.demo_prepare)
+app.command()(preflight.preflight)
 app.command()(run.up)
 app.command()(run.orchestrate)
 app.command()(run.train)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from services import logs, recipe
 from services.cli.launch import RLIF, plan
+from services.cli.preflight import gate
 from services.cli.recipes import ControlArm, check_rewards, doubts, load_arm
 from services.cli.watch import watch
 from services.model_folder import check_local
@@ -26,6 +27,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 ResumeFrom = Annotated[
     Path | None,
     typer.Option(help="Without a checkpoint, go on from this model folder's weights, with a fresh optimizer."),
+]
+Preflight = Annotated[
+    bool, typer.Option("--preflight", help="First measure what the reward would teach; refuse on a clear stop sign.")
 ]
 
 
@@ -49,7 +53,11 @@ def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
 
 
 def up(
-    recipe_path: RecipePath, overrides: Overrides = None, resume: Resume = False, control: ControlArm = None
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    control: ControlArm = None,
+    preflight: Preflight = False,
 ) -> None:
     """Run a whole recipe on this machine: redis, servers, orchestrator, trainer, supervised. Ctrl-C stops it."""
     logs.configure("WARNING")
@@ -58,7 +66,12 @@ def up(
     check_rewards(chosen)
     for line in doubts(chosen):
         log.warning(line)
-    raise typer.Exit(run_recipe(chosen, resume, Console()))
+    console = Console()
+    if preflight:
+        if resume:
+            raise StartupError("--preflight measures a model before training: it does not go with --resume")
+        gate(chosen, console)
+    raise typer.Exit(run_recipe(chosen, resume, console))
 
 
 def _addresses(chosen: recipe.Recipe, *needed: str) -> None:

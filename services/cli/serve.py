@@ -27,6 +27,9 @@ RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Take every setting from this recipe and follow its run's weights.")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of --recipe: key.sub=value")]
+NoFollow = Annotated[
+    bool, typer.Option("--no-follow", help="With --recipe: serve its model as it is, whatever its run has published.")
+]
 ModelName = Annotated[str | None, typer.Option("--model", help="Hugging Face name or local folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
@@ -50,7 +53,11 @@ def _check_choice(option: str, given: str, valid: tuple[str, ...]) -> None:
         raise StartupError(f"{option} {given}: choose {', '.join(valid[:-1])} or {valid[-1]}")
 
 
-def _load(recipe_file: Path | None, overrides: list[str] | None) -> recipe.Recipe | None:
+def _load(recipe_file: Path | None, overrides: list[str] | None, no_follow: bool) -> recipe.Recipe | None:
+    if recipe_file is None and no_follow:
+        raise StartupError(
+            "--no-follow: is for the run of a --recipe; without one, only --follow makes a server follow"
+        )
     if recipe_file is None and overrides:
         raise StartupError(f"{overrides[0]!r}: overrides are of a recipe; name it with --recipe")
     return recipe.load(recipe_file, overrides) if recipe_file else None
@@ -110,6 +117,7 @@ def reward(
         bool, typer.Option("--match", help="With --follow: a group waits for the weight version that it asks for.")
     ] = False,
     recipe_file: RecipeFile = None,
+    no_follow: NoFollow = False,
 ) -> None:
     """Score completions over HTTP: self-certainty by a scorer model, verifiable rewards, and mixes of them.
 
@@ -124,7 +132,7 @@ def reward(
         raise StartupError("--match: there are no weights to wait for without --follow and --run")
     if engine == "vllm" and model is None and recipe_file is None:
         raise StartupError("--engine vllm: give the model that it is to score with, --model")
-    chosen = _load(recipe_file, overrides)
+    chosen = _load(recipe_file, overrides, no_follow)
     if chosen:
         store.require(chosen.weights_dir)
     _limit_threads(chosen.scorer.threads if chosen else threads)
@@ -148,8 +156,8 @@ def reward(
             follow=chosen.scorer.follow,
             ema_decay=chosen.scorer.ema_decay,
             deterministic=chosen.run.deterministic,
-            redis_url=recipe.redis_url(chosen),
-            run_id=chosen.run.name,
+            redis_url=None if no_follow else recipe.redis_url(chosen),
+            run_id=None if no_follow else chosen.run.name,
             replica=replica_name("reward", port),
             poll_seconds=chosen.weights.poll_seconds,
             mirror_dir=chosen.weights.mirror_dir,
@@ -210,13 +218,14 @@ def rollout(
     follow: Follow = None,
     run: RunName = None,
     recipe_file: RecipeFile = None,
+    no_follow: NoFollow = False,
 ) -> None:
     """Generate groups of completions over HTTP, with token ids and logprobs; OpenAI routes beside them."""
     watch("rollout")
     _check_follow(follow, run)
     _check_choice("--device", device, DEVICES)
     _check_choice("--dtype", dtype, DTYPES)
-    chosen = _load(recipe_file, overrides)
+    chosen = _load(recipe_file, overrides, no_follow)
     if chosen:
         store.require(chosen.weights_dir)
     if chosen is None and model is None:
@@ -248,8 +257,8 @@ def rollout(
             gpu_memory_utilization=chosen.rollout.gpu_memory_utilization,
             trust_remote_code=chosen.model.trust_remote_code,
             served_model_name=served_model_name,
-            redis_url=recipe.redis_url(chosen),
-            run_id=chosen.run.name,
+            redis_url=None if no_follow else recipe.redis_url(chosen),
+            run_id=None if no_follow else chosen.run.name,
             replica=replica_name("rollout", port),
             poll_seconds=chosen.weights.poll_seconds,
             mirror_dir=chosen.weights.mirror_dir,

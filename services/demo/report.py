@@ -14,6 +14,8 @@ from rich.table import Table
 
 from services.demo.arms import Arm
 from services.demo.evaluation import Evaluation
+from services.intervals import Interval
+from services.preflight.verdict import direction
 from services.steps import read_steps
 
 GIVEN = {
@@ -130,11 +132,8 @@ def preflight(base: Evaluation) -> str:
         f"of {base.samples} answers the surest one (by self-certainty) is right in {_percent(base.surest_accuracy)}, "
         f"an average one in {_percent(base.sampled_accuracy)}"
     )
-    verdict = {
-        1: "certainty points at right answers here; that is no promise that training on it helps",
-        0: "certainty says nothing of right or wrong here: do not expect training on it to help",
-        -1: "certainty points at WRONG answers here: training on it is likely to do harm",
-    }[_direction(gain, math.hypot(base.surest_error, base.sampled_error))]
+    error = 2 * math.hypot(base.surest_error, base.sampled_error)
+    verdict = direction(Interval(mean=gain, low=gain - error, high=gain + error), "certainty").text
     return f"Pre-flight, with the answers known: {figures}; {verdict}."
 
 
