@@ -1,24 +1,10 @@
 """What an evaluation says of scored groups."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scored_groups import make_groups
 
 from services.contract import CompletionScore, Score
-from services.orchestrator.measures import auc, measure
-
-values = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8)
-
-
-@given(values, values)
-def test_auc_is_the_share_of_pairs(right, wrong):
-    pairs = [(a > b) + (a == b) / 2 for a in right for b in wrong]
-    assert auc(right, wrong) == pytest.approx(sum(pairs) / len(pairs))
-
-
-def test_auc_needs_both():
-    assert auc([], [1.0]) is None and auc([1.0], []) is None
+from services.orchestrator.measures import measure
 
 
 def test_metrics_leave_out_what_has_no_value():

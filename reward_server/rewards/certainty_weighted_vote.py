@@ -24,6 +24,7 @@ from reward_server.rewards.answers import Answer, AnswerParams, answers
 from reward_server.token_scores import Scoring
 from services.api import RewardGroup
 from services.contract import LOWEST_TEMPERATURE, Score
+from services.separation import borda_weights
 
 
 class CertaintyWeightedVoteParams(AnswerParams):
@@ -43,18 +44,11 @@ class CertaintyWeightedVoteParams(AnswerParams):
 
 def weights(certainties: list[float], params: CertaintyWeightedVoteParams) -> list[float]:
     """The weight of each voter's vote, 0 for those that are filtered out. Equal certainties weigh the same."""
-    count = len(certainties)
-    kept = math.ceil(params.top_share * count)
+    kept = math.ceil(params.top_share * len(certainties))
     least = sorted(certainties, reverse=True)[kept - 1] if kept else 0.0
-    if params.weights == "certainty":
-        return [value if value >= least else 0.0 for value in certainties]
-
-    def borda(value: float) -> float:
-        better = sum(other > value for other in certainties)
-        equal = sum(other == value for other in certainties)
-        return (count - better - (equal - 1) / 2) ** params.power
-
-    return [borda(value) if value >= least else 0.0 for value in certainties]
+    borda = params.weights == "borda"
+    found = borda_weights(certainties, params.power).tolist() if borda else certainties
+    return [weight if value >= least else 0.0 for weight, value in zip(found, certainties, strict=True)]
 
 
 def vote(given: list[Answer], certainties: list[float | None], params: CertaintyWeightedVoteParams) -> list[Score]:

@@ -11,6 +11,7 @@ from services.api import RolloutGroup, RolloutRequest, ScoreItem
 from services.clients import RewardClient, RolloutClient
 from services.contract import Message, Sampling, Version, group_seed
 from services.demo.task import Problem, Way, held_out, is_right, way
+from services.separation import best_of_n
 
 SAMPLES = 8
 BATCH = 256
@@ -150,7 +151,10 @@ def measure(
         for completion in group.completions
     ]
     certainty = [score["self_certainty"] for score in scores]
-    surest = [right[max(places, key=certainty.__getitem__)] for places in _batches(range(len(texts)), samples)]
+    surest = [
+        best_of_n(those, rights) or 0.0
+        for those, rights in zip(_batches(certainty, samples), _batches(right, samples), strict=True)
+    ]
     greedy_right = [
         float(is_right(problem, group.completions[0].text)) for problem, group in zip(problems, greedy, strict=True)
     ]

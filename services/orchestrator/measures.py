@@ -3,25 +3,9 @@
 from collections.abc import Sequence
 
 from services.contract import Outcome, ScoredGroup
+from services.separation import auc
 
 JUDGED = frozenset({Outcome.correct, Outcome.wrong, Outcome.no_answer})
-
-
-def auc(right: Sequence[float], wrong: Sequence[float]) -> float | None:
-    """How often a right answer's value is above a wrong one's, ties counting half (the Mann-Whitney statistic over the
-    number of pairs); none where either is missing."""
-    if not right or not wrong:
-        return None
-    # Mean ranks, so that it costs a sort and not a pass over all pairs.
-    ranked = sorted([(value, True) for value in right] + [(value, False) for value in wrong])
-    total, start = 0.0, 0
-    while start < len(ranked):
-        end = start
-        while end < len(ranked) and ranked[end][0] == ranked[start][0]:
-            end += 1
-        total += (start + 1 + end) / 2 * sum(is_right for _, is_right in ranked[start:end])
-        start = end
-    return (total - len(right) * (len(right) + 1) / 2) / (len(right) * len(wrong))
 
 
 def measure(groups: Sequence[ScoredGroup], judge: str, certainty: str | None) -> dict[str, float]:
