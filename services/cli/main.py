@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from services import traces
-from services.cli import clusters, demo, recipes, run, score, serve
+from services.cli import clusters, demo, evaluate, recipes, run, score, serve
 from services.recipe import RecipeError
 from services.redis import DeadlineExceeded
 from services.startup import StartupError
@@ -32,6 +32,7 @@ app.command()(run.train)
 app.command()(run.export)
 app.command()(run.push_to_hub)
 app.command()(score.score)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(serve.app, name="serve")
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(clusters.app, name="launch")
