@@ -200,3 +200,23 @@ def _protocol(
         asked = f"--samples {samples}" if samples > 1 else f"--seeds {seeds}"
         raise StartupError(f"{asked}: greedy answers are the same each time; give --temperature as well")
     return protocol
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Folders of evaluations or runs, as FOLDER or LABEL=FOLDER.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Evaluations, training runs and control arms side by side: every arm against the first, with significance.
+
+    Runs of one label are one arm; the label is the folder's name without the seed's number at its end.
+    """
+    from services.evaluation import comparison
+
+    made = comparison.compare(comparison.arms(runs))
+    if as_json:
+        typer.echo(made.model_dump_json())
+        return
+    console = Console()
+    console.print(comparison.table(made))
+    for note in made.notes:
+        console.print(note, style="yellow", highlight=False)

@@ -74,10 +74,10 @@ class Benchmark:
     judge: bool = False
 
 
-def text_of(record: Record, name: str) -> str:
+def text_of(record: Record, name: str, may_be_empty: bool = False) -> str:
     """Raises KeyError, or ValueError naming the field: it is no text, or an empty one."""
     value = record[name]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (value.strip() or may_be_empty):
         raise ValueError(f"{name} is text (got {value!r:.60})")
     return value
 

@@ -27,7 +27,11 @@ LITERAL = re.compile(r"\s*(?:[\"'\[({\d.+-]|[bru]{1,2}[\"']|(?:True|False|None)\
 
 
 def read(record: Record, _examples: list[Record]) -> Item:
-    code, given, returned = (text_of(record, name) for name in ("code", "input", "output"))
+    code, given, returned = (
+        text_of(record, "code"),
+        text_of(record, "input", may_be_empty=True),
+        text_of(record, "output"),
+    )
     prompt = PROMPT.format(code=code, input=given)
     return Item(text_of(record, "id"), prompt, {"answer": returned, "code": code, "input": given})
 
