@@ -33,8 +33,11 @@ def mcnemar(ours: ArrayLike, theirs: ArrayLike) -> float:
     ours, theirs = np.asarray(ours, bool), np.asarray(theirs, bool)
     only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     n, least = only_ours + only_theirs, min(only_ours, only_theirs)
-    tail = sum(math.comb(n, i) for i in range(least + 1))
-    return min(1.0, 2 * tail / 2**n)  # whole numbers up to the division: no rounding, however many items
+    tail = ways = 1  # whole numbers up to the division: no rounding, however many items
+    for i in range(least):
+        ways = ways * (n - i) // (i + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**n)
 
 
 def sign_flips(differences: ArrayLike, seed: int = 0) -> float:
