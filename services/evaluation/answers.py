@@ -28,15 +28,15 @@ from services.startup import StartupError
 
 log = logging.getLogger(__name__)
 
-CALL_SAMPLES = 16
-"""Answers asked for in one call. All of them are noted when the last one ends, so a kill loses few."""
 CHECK_SECONDS = 30.0
 
 
 class Server(Protocol):
-    """`identity` says which weights answer; the same identity and request give the same answer."""
+    """`identity` says which weights answer; the same identity and request give the same answer. `size`: answers asked
+    for in one call."""
 
     identity: str
+    size: int
 
     async def answers(self, asked: Sequence[Asked]) -> list[Answer]:
         """In order. Raises CallError."""
@@ -53,7 +53,12 @@ class WeightsChanged(Exception):
 
 
 class Rollouts:
-    """A rollout server; with `version`, only answers by exactly these weights are taken."""
+    """A rollout server; with `version`, only answers by exactly these weights are taken.
+
+    A call's answers are noted when the last of them ends, so calls are small: a kill loses little.
+    """
+
+    size = 16
 
     def __init__(self, client: RolloutClient, identity: str, version: Version | None, deadline_seconds: float):
         self.client, self.identity, self.version, self.seconds = client, identity, version, deadline_seconds
@@ -87,7 +92,9 @@ class Rollouts:
 
 
 class OpenAI:
-    """Any OpenAI-compatible server: texts only, one call an answer."""
+    """Any OpenAI-compatible server: texts only."""
+
+    size = 1
 
     def __init__(self, url: str, model: str, token: str | None, deadline_seconds: float):
         self.url, self.model, self.seconds = url, model, deadline_seconds
@@ -103,7 +110,7 @@ class OpenAI:
         await self.http.aclose()
 
     async def answers(self, asked: Sequence[Asked]) -> list[Answer]:
-        return list(await asyncio.gather(*map(self._one, asked)))
+        return [await self._one(one) for one in asked]
 
     async def _one(self, one: Asked) -> Answer:
         sampling = one.sampling.model_dump(include={"temperature", "top_p", "max_tokens", "seed"})
@@ -127,13 +134,13 @@ class OpenAI:
             try:
                 async with asyncio.timeout(max(0.0, ends - time.monotonic())):
                     response = await self.http.post(url, json=body)
-                said = f"{response.status_code} {response.text[:300]}"
+                status, said = response.status_code, response.text[:300]
                 if response.is_success:
                     return response.json()["choices"][0]
                 wait = retry_after(response)
-                if response.status_code not in TRANSIENT:
-                    is_ours = 400 <= response.status_code < 500
-                    raise Refused(url, response.status_code, said, "", []) if is_ours else ServerFault(url, said, "5xx")
+                if status not in TRANSIENT:
+                    is_ours = 400 <= status < 500
+                    raise Refused(url, status, said, "", []) if is_ours else ServerFault(url, f"{status} {said}", "5xx")
             except (ValueError, LookupError, TypeError) as error:
                 raise ServerFault(url, f"no completion: {said}", "answer") from error
             except TimeoutError as error:
@@ -193,7 +200,8 @@ async def ask(
     long for the model, say). Raises CallError when the server cannot be used, and WeightsChanged."""
     missing = [one for one in wanted if one.key not in ledger.answers]
     progress(len(wanted) - len(missing))
-    slots = asyncio.Semaphore(max(1, in_flight // CALL_SAMPLES))
+    size = min(server.size, in_flight)
+    slots = asyncio.Semaphore(in_flight // size)
     refused: dict[str, str] = {}
 
     async def some(batch: Sequence[Asked]) -> None:
@@ -211,7 +219,6 @@ async def ask(
                     return
         await asyncio.gather(*(some([one]) for one in batch))
 
-    size = min(CALL_SAMPLES, in_flight)
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
     try:
         async with asyncio.TaskGroup() as group:

@@ -11,7 +11,8 @@ from services.evaluation.figures import Figure, ItemValue, Results, TaskFigures
 from services.evaluation.tasks import BENCHMARKS
 from services.startup import StartupError
 
-OURS, THEIRS = "#2f6f9f", ("#b9b4a8", "#8c8577", "#c4572e", "#d99a7c", "#6d8f5f")
+OURS, THEIRS = "#2f6f9f", "YlOrBr"
+"""A colour, and a map of colours, of which the paper's rows take as many as they are."""
 
 
 def _replace(path: Path, text: str) -> None:
@@ -130,6 +131,7 @@ def beside_paper(results: Results, families: Sequence[str]) -> Table | None:
 
 def plot(results: Results, families: Sequence[str], path: Path) -> Path:
     """Bars by task: this evaluation with its intervals, then the rows of the paper, as a PNG."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -151,7 +153,9 @@ def plot(results: Results, families: Sequence[str], path: Path) -> Path:
         for number, row in enumerate(rows, 1):
             height = row.value(column) if column else math.nan
             name = f"{row.family}: {row.name}" if place == 0 else None
-            panel.bar(start + number * width, height, width, color=THEIRS[(number - 1) % len(THEIRS)], label=name)
+            panel.bar(
+                start + number * width, height, width, color=colormaps[THEIRS](0.15 + 0.75 * number / count), label=name
+            )
     panel.set_xticks(range(len(tasks)), [task.title for task in tasks])
     panel.set_ylabel("percent")
     panel.spines[["top", "right"]].set_visible(False)
