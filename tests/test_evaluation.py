@@ -19,10 +19,10 @@ from services.api import ScoreItem
 from services.clients import BlockingRewardClient, RolloutClient
 from services.contract import Outcome, Score, Version
 from services.evaluation import answers, ledger, report, run
-from services.evaluation.figures import Results
 from services.evaluation.grading import judges, open_groups
 from services.evaluation.ledger import Answer, Verdict
 from services.evaluation.protocol import PRESETS, asked
+from services.evaluation.results import Results
 from services.evaluation.sources import load
 from services.evaluation.statistics import pass_at_k
 from services.evaluation.tasks import BENCHMARKS

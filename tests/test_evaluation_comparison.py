@@ -1,5 +1,6 @@
 """`rlif compare`: evaluations paired by item, arms of several runs by permutation."""
 
+import io
 import json
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from typer.testing import CliRunner
 from services.cli.main import app
 from services.evaluation import comparison, paper, report
 from services.evaluation.benchmark import Benchmark
-from services.evaluation.figures import Figure, ItemValue, Results, TaskFigures
 from services.evaluation.protocol import PRESETS
+from services.evaluation.results import Figure, ItemValue, Results, TaskFigures
 from services.evaluation.tasks import BENCHMARKS
 from services.startup import StartupError
 
@@ -134,7 +135,7 @@ def test_the_table_beside_the_paper(tmp_path):
     from rich.console import Console
 
     results, _ = report.read(evaluated(tmp_path / "e", {"gsm8k": [1.0, 0.0], "ifeval": [1.0]}))
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(report.table(results), report.beside_paper(results, ["3b"]))
     shown = console.export_text()
     assert "50.0 [0.0, 100.0]" in shown and "79.2" in shown and "74.7" not in shown and shown.count("IFEval") == 1

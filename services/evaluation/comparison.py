@@ -19,7 +19,7 @@ from services.contract import Wire
 from services.demo.report import ReportError
 from services.demo.report import read as read_demo
 from services.evaluation import report
-from services.evaluation.figures import Results
+from services.evaluation.results import Results
 from services.evaluation.statistics import mcnemar, permutation, sign_flips
 from services.intervals import interval
 from services.startup import StartupError

@@ -6,85 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pydantic import Field
-
 from services import separation
-from services.contract import Score, Wire
+from services.contract import Score
 from services.evaluation.benchmark import Benchmark
 from services.evaluation.grading import Judge
 from services.evaluation.ledger import Ledger
 from services.evaluation.protocol import Asked, Protocol
+from services.evaluation.results import Certainty, Figure, ItemValue, TaskFigures
 from services.evaluation.sources import Questions
 from services.evaluation.statistics import pass_at_k
 from services.intervals import interval
-
-
-class Figure(Wire):
-    """A mean over `items` with its 95 % bootstrap interval (none for a single item)."""
-
-    value: float
-    low: float | None
-    high: float | None
-    items: int
-
-
-class Certainty(Wire):
-    """Self-certainty by `scorer`, in nats per token. `auc`, `r` (Z / sqrt(N)) and `p` (one-sided) compare right with
-    wrong answers over all items, `group_auc` inside the items that have both. `surest`: of an item's answers the one of
-    the highest certainty. `borda`: the answers' vote, weighted by the rank of certainty."""
-
-    scorer: str
-    right: float | None = None
-    wrong: float | None = None
-    auc: float | None = None
-    r: float | None = None
-    p: float | None = None
-    group_auc: float | None = None
-    surest: Figure | None = None
-    borda: Figure | None = None
-
-
-class TaskFigures(Wire):
-    """`value` is the mean over items of the mean over their answers that were judged. `at_least` is what it would be
-    if all that could not be had or judged (`failed`, counted by reason) were wrong. Lengths are in tokens."""
-
-    task: str
-    title: str
-    measure: str
-    source: str
-    sha256: str
-    items: int
-    samples: int
-    seeds: list[int]
-    value: Figure | None
-    at_least: float
-    failed: dict[str, int] = Field(default_factory=dict)
-    by_seed: dict[str, float] = Field(default_factory=dict)
-    pass_at: dict[str, Figure] = Field(default_factory=dict)
-    majority: Figure | None = None
-    further: dict[str, float] = Field(default_factory=dict)
-    length: float | None = None
-    stopped: float | None = None
-    certainty: Certainty | None = None
-
-
-class Results(Wire):
-    """`identity` names the weights; nothing in here depends on when or how fast it was computed."""
-
-    kind: str = "evaluation"
-    model: str
-    identity: str
-    protocol: Protocol
-    tasks: list[TaskFigures]
-
-
-class ItemValue(Wire):
-    """What `rlif compare` pairs by: the mean value of an item's `answers` that were judged."""
-
-    task: str
-    item: str
-    value: float
-    answers: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +28,8 @@ class Judged:
 
     @property
     def is_right(self) -> bool:
-        return self.value == 1.0
+        """Also of an answer that a judge prefers to the baseline's."""
+        return self.value is not None and self.value > 0.5
 
 
 def _component(ledger: Ledger, one: Asked, judge: Judge | None, term: str) -> Score | None:
@@ -259,7 +191,7 @@ def figures(
             (one.asked.item, ledger.answers[one.asked.key].text, one.value) for one in found if one.value is not None
         ]
         further |= benchmark.further(told) if told else {}
-    several = protocol.samples > 1
+    powers = _powers_of_two(protocol.samples) if protocol.samples > 1 and benchmark.measure == "accuracy" else []
     return TaskFigures(
         task=benchmark.name,
         title=benchmark.title,
@@ -273,11 +205,7 @@ def figures(
         at_least=sum(one.value or 0.0 for one in found) / len(found),
         failed=dict(sorted(Counter(one.failure for one in found if one.failure).items())),
         by_seed={seed: fmean(values) for seed, values in seeds.items() if values and len(seeds) > 1},
-        pass_at={
-            str(k): figure
-            for k in (_powers_of_two(protocol.samples) if several else [])
-            if (figure := _mean_over_items(found, _pass_at(k))) is not None
-        },
+        pass_at={str(k): figure for k in powers if (figure := _mean_over_items(found, _pass_at(k))) is not None},
         majority=_mean_over_items(found, _winner(ledger, judges["majority"])) if "majority" in judges else None,
         further=further,
         length=fmean(lengths) if lengths else None,

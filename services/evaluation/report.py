@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from services.evaluation import paper
-from services.evaluation.figures import Figure, ItemValue, Results, TaskFigures
+from services.evaluation.results import Figure, ItemValue, Results, TaskFigures
 from services.evaluation.tasks import BENCHMARKS
 from services.startup import StartupError
 

@@ -14,11 +14,12 @@ from services.clients import CallError, RewardClient, RolloutClient
 from services.contract import Version
 from services.evaluation import answers, ledger, report, sources
 from services.evaluation.benchmark import Benchmark
-from services.evaluation.figures import ItemValue, Results, figures, item_values, judged
+from services.evaluation.figures import figures, item_values, judged
 from services.evaluation.grading import CHECK_SECONDS, grade, judges, open_groups
 from services.evaluation.identity import checksum
 from services.evaluation.ledger import Ledger
 from services.evaluation.protocol import Asked, Protocol, asked
+from services.evaluation.results import ItemValue, Results
 from services.evaluation.sources import Questions
 from services.evaluation.tasks import alpaca_eval
 from services.spec import RewardTerm
