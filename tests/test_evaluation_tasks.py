@@ -10,6 +10,7 @@ import pytest
 
 from services.evaluation import sources
 from services.evaluation.benchmark import Item
+from services.evaluation.identity import checksum
 from services.evaluation.protocol import PRESETS, asked
 from services.evaluation.tasks import BENCHMARKS, alpaca_eval, cruxeval_o, livecodebench, mmlu_pro
 from services.prompts import named
@@ -231,3 +232,16 @@ def test_a_file_that_is_not_of_the_benchmark_is_refused(tmp_path, lines, said):
     with pytest.raises(StartupError) as refused:
         sources.load(BENCHMARKS["gsm8k"], tmp_path, None)
     assert said in str(refused.value)
+
+
+def test_a_checksum_names_what_decides_what_a_model_says(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    before = checksum(tmp_path)
+    (tmp_path / "evaluation-400.json").write_text("{}")
+    (tmp_path / "README.md").write_text("a model")
+    assert checksum(tmp_path) == before
+    for name in ("model.safetensors", "chat_template.jinja"):
+        (tmp_path / name).write_bytes(b"Weights")
+        assert checksum(tmp_path) != before
+        before = checksum(tmp_path)
