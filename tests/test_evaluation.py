@@ -97,10 +97,11 @@ def problems(folder: Path, count: int) -> None:
     write(folder, "gsm8k", [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(count)])
 
 
-def evaluate(tasks: str, protocol, out: Path, **settings) -> Results:
-    def serve(*_, **__):
-        raise AssertionError("both servers are there")
+def not_needed(*_, **__):
+    raise AssertionError("both servers are there")
 
+
+def evaluate(tasks: str, protocol, out: Path, serve=not_needed, **settings) -> Results:
     chosen = run.Settings(
         model="m", benchmarks=[BENCHMARKS[name] for name in tasks.split(",")], protocol=protocol, out=out, **settings
     )
@@ -300,17 +301,23 @@ def test_killed_it_goes_on_where_it_was(tmp_path, rollout_url, reward_url):
     assert "Beside arXiv 2505.19590" in done.stdout and (tmp_path / "out" / "results.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-def test_a_model_is_served_for_as_long_as_it_is_needed(tmp_path, tiny_model):
+def test_a_model_is_served_for_as_long_as_it_is_needed(tmp_path, tiny_model, monkeypatch):
+    from services.cli.child import serving
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     problems(tmp_path / "data", 2)
-    options = ("--tasks", "gsm8k", "--data", tmp_path / "data", "--max-tokens", 6, "--certainty", "--json")
-    argv = command("eval", "--model", tiny_model, *options, "--out", tmp_path / "out")
-    done = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    results = Results.model_validate_json(done.stdout)
-    assert results.tasks[0].items == 2 and results.tasks[0].certainty.wrong > 0
-    again = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert Results.model_validate_json(again.stdout) == results
+    started = []
+
+    def serve(kind, *options, **more):
+        started.append(kind)
+        return serving(kind, *options, **more)
+
+    protocol = PRESETS["paper"].model_copy(update={"max_tokens": 6})
+    settings = {"folder": tiny_model, "certainty": True, "data": tmp_path / "data", "serve": serve}
+    first = evaluate("gsm8k", protocol, tmp_path / "out", **settings)
+    assert first.tasks[0].items == 2 and first.tasks[0].certainty.wrong > 0 and started == ["rollout", "reward"]
+    assert evaluate("gsm8k", protocol, tmp_path / "out", **settings) == first
+    assert started == ["rollout", "reward"], "servers were started for nothing"
 
 
 # ---- the ledger, and what is refused ---------------------------------------------------------------------------
