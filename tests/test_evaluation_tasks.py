@@ -4,12 +4,13 @@ import base64
 import json
 import pickle
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from services.evaluation import sources
-from services.evaluation.benchmark import Item
+from services.evaluation.benchmark import Hub, Item
 from services.evaluation.identity import checksum
 from services.evaluation.protocol import PRESETS, asked
 from services.evaluation.tasks import BENCHMARKS, alpaca_eval, cruxeval_o, livecodebench, mmlu_pro
@@ -245,3 +246,16 @@ def test_a_checksum_names_what_decides_what_a_model_says(tmp_path):
         (tmp_path / name).write_bytes(b"Weights")
         assert checksum(tmp_path) != before
         before = checksum(tmp_path)
+
+
+def test_without_a_folder_the_hub_is_read(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "test.jsonl").write_text(json.dumps(GSM8K) + "\n")
+    benchmark = replace(BENCHMARKS["gsm8k"], hub=Hub(str(tmp_path / "hub"), "test"))
+    found = sources.load(benchmark, None, None)
+    assert found.items == [only("gsm8k", GSM8K)] and found.source == f"{tmp_path / 'hub'} (test)"
+    with pytest.raises(StartupError, match="of the hub cannot be read"):
+        sources.load(replace(benchmark, hub=Hub(str(tmp_path / "nothing"), "test")), None, None)
