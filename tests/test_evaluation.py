@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from services.startup import StartupError
 pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).parent.parent
+SANDBOX = "bubblewrap" if shutil.which("bwrap") or os.environ.get("RLIF_REQUIRE_SANDBOX") else "none"
 DRAWN = PRESETS["open_r1"].model_copy(update={"max_tokens": 12})
 
 
@@ -46,7 +48,8 @@ def rollout_url(tiny_model):
 def reward_url(tiny_model):
     from reward_server.app import Settings, create
 
-    with served(create(Settings(model=str(tiny_model), threads=1, verifier_workers=1))) as url:
+    settings = Settings(model=str(tiny_model), threads=1, verifier_workers=1, sandbox=SANDBOX)
+    with served(create(settings)) as url:
         yield url
 
 
@@ -146,6 +149,44 @@ def test_figures_of_known_answers(tmp_path, known, reward_url):
     assert [(one.value, one.answers) for one in values_kept] == list(zip(values, [8, 8, 8, 4], strict=True))
     assert {call["model"] for call in server.calls} == {"known"} and server.calls[0]["temperature"] == 0.6
     assert server.calls[0]["messages"][0]["role"] == "system"
+
+
+MMLU = {"question": "Which?", "options": ["north", "south"], "category": "law", "cot_content": "The answer is (A)."}
+LCB = {"question_content": "Double.", "public_test_cases": [{"input": "2", "output": "4"}], "private_test_cases": []}
+FOLLOW = {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+RIGHT_AND_WRONG = {
+    "math500": ([{"problem": f"p{n}", "answer": "\\frac{1}{2}"} for n in "ab"], "\\boxed{0.5}", "\\boxed{2}"),
+    "cruxeval_o": (
+        [{"code": "def f(x):\n    return [x]", "input": "'a'", "output": "['a']", "id": n} for n in "ab"],
+        '{"reasoning": "[ANSWER]1[/ANSWER]", "answer": "[\\"a\\"]"}',
+        '{"reasoning": "", "answer": "[\'b\']"} or [\'a\']',
+    ),
+    "mmlu_pro": ([{**MMLU, "question_id": n, "answer": "B"} for n in "ab"], " so the answer is (B).", " It is (A)."),
+    "ifeval": ([{**FOLLOW, "key": n} for n in "ab"], "no commas", "a, comma"),
+    "livecodebench": (
+        [{**LCB, "question_id": n} for n in "ab"],
+        "```python\nprint(2 * int(input()))\n```",
+        "```python\nprint(7)\n```",
+    ),
+}
+"""By benchmark: two records, an answer that is right, one that is wrong."""
+
+
+@pytest.mark.parametrize("name", RIGHT_AND_WRONG)
+def test_right_and_wrong_answers_are_told_apart(tmp_path, known, reward_url, name):
+    if BENCHMARKS[name].terms[0].name == "code_tests" and SANDBOX == "none":
+        pytest.skip("programs need bubblewrap")
+    server, url = known
+    records, *texts = RIGHT_AND_WRONG[name]
+    write(tmp_path / "data", name, records)
+    (tmp_path / "data" / "mmlu_pro_validation.jsonl").write_text(json.dumps({**MMLU, "answer": "A"}) + "\n")
+    wanted = asked(BENCHMARKS[name], load(BENCHMARKS[name], tmp_path / "data", None).items, PRESETS["paper"], "")
+    server.texts = {one.sampling.seed: text for one, text in zip(wanted, texts, strict=True)}
+    settings = {"url": url, "reward_url": reward_url, "data": tmp_path / "data"}
+    (task,) = evaluate(name, PRESETS["paper"], tmp_path / "out", **settings).tasks
+    assert task.value.value == 0.5 and not task.failed
+    _, items = report.read(tmp_path / "out")
+    assert [item.value for item in items] == [1.0, 0.0]
 
 
 def test_only_what_is_missing_is_asked_again(tmp_path, known, reward_url):
