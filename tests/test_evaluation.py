@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import orjson
@@ -342,7 +343,7 @@ def test_killed_it_goes_on_where_it_was(tmp_path, rollout_url, reward_url):
     assert "Beside arXiv 2505.19590" in done.stdout and (tmp_path / "out" / "results.png").stat().st_size > 10_000
 
 
-def test_a_model_is_served_for_as_long_as_it_is_needed(tmp_path, tiny_model, monkeypatch):
+def test_a_model_is_served_for_as_long_as_it_is_needed(tmp_path, tiny_model, reward_url, monkeypatch):
     from services.cli.child import serving
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -350,15 +351,18 @@ def test_a_model_is_served_for_as_long_as_it_is_needed(tmp_path, tiny_model, mon
     started = []
 
     def serve(kind, *options, **more):
-        started.append(kind)
-        return serving(kind, *options, **more)
+        started.append((kind, str(tiny_model) in options))
+        # One that is up already has the same model: it saves the test ten seconds.
+        return serving(kind, *options, **more) if kind == "rollout" else nullcontext(reward_url)
 
     protocol = PRESETS["paper"].model_copy(update={"max_tokens": 6})
-    settings = {"folder": tiny_model, "certainty": True, "data": tmp_path / "data", "serve": serve}
-    first = evaluate("gsm8k", protocol, tmp_path / "out", **settings)
-    assert first.tasks[0].items == 2 and first.tasks[0].certainty.wrong > 0 and started == ["rollout", "reward"]
-    assert evaluate("gsm8k", protocol, tmp_path / "out", **settings) == first
-    assert started == ["rollout", "reward"], "servers were started for nothing"
+    settings = {"folder": tiny_model, "data": tmp_path / "data", "serve": serve}
+    assert evaluate("gsm8k", protocol, tmp_path / "out", **settings).tasks[0].items == 2
+    assert started == [("rollout", True), ("reward", False)]
+    certain = evaluate("gsm8k", protocol, tmp_path / "out", certainty=True, **settings)
+    assert certain.tasks[0].certainty.wrong > 0 and started[2:] == [("reward", True)]
+    assert evaluate("gsm8k", protocol, tmp_path / "out", certainty=True, **settings) == certain
+    assert len(started) == 3, "servers were started for nothing"
 
 
 # ---- the ledger, and what is refused ---------------------------------------------------------------------------
