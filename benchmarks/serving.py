@@ -121,7 +121,7 @@ def running(command: list[str], url: str, threads: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    from services.http import listen
+    from services.address import listen
 
     with listen("127.0.0.1", 0) as bound:
         return bound.getsockname()[1]

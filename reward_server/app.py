@@ -23,6 +23,7 @@ from reward_server.scorer.metrics import METRICS
 from reward_server.spec_store import DEFAULT, MemoryStore, RedisStore, Specs
 from reward_server.specs import SpecError, named_spec
 from reward_server.workers import WorkerPool
+from services.access import HttpSettings, require_admin
 from services.api import (
     RewardEntry,
     RewardGroup,
@@ -36,7 +37,9 @@ from services.api import (
     SpecVersions,
 )
 from services.contract import GroupScores
-from services.http import HttpSettings, Problem, create_app, remaining_seconds, require_admin
+from services.gate import remaining_seconds
+from services.http import create_app
+from services.problem import Problem
 from services.spec import RewardSpec
 from services.startup import StartupError
 from services.weights.follow import Follower

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from reward_server.evaluate import Means
 from services.api import CompletionText, RewardGroup
 from services.contract import CompletionScore, GroupScores, Items, Message, Reference, Task
-from services.http import Problem
+from services.problem import Problem
 
 Label = str | int | float | Reference | None
 """What the trainer's data set has as label: an answer, or an object that is the task's whole reference."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.contract import Message, Task
-from services.http import Problem
+from services.problem import Problem
 
 LONGEST_TOKEN = 128
 """Characters. A text that would not fit if all its tokens were that long is refused without tokenizing it."""

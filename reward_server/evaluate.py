@@ -18,7 +18,7 @@ from reward_server.workers import Turn, WorkerPool
 from services import trail
 from services.api import RewardGroup
 from services.contract import GroupScores, Outcome, Score
-from services.http import Problem
+from services.problem import Problem
 from services.spec import RewardSpec, RewardTerm
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from services.api import RewardGroup
-from services.http import Problem
+from services.problem import Problem
 
 
 class Fields(BaseModel):

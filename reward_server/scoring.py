@@ -10,7 +10,7 @@ from reward_server.encoding import Encoder
 from reward_server.scorer.items import ItemScores, TokenItem
 from reward_server.scorer.metrics import METRICS
 from services.api import ScoreItem, ScoreRequest, ScoreResponse, ScoreResult
-from services.http import Problem
+from services.problem import Problem
 
 
 def token_items(body: ScoreRequest, encoder: Encoder, check: Any) -> list[Any]:

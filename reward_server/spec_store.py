@@ -19,8 +19,8 @@ from redis.exceptions import RedisError
 
 from reward_server.specs import SpecError, built_in, check_spec
 from services.api import SpecEntry
-from services.http import Problem
 from services.keys import Keys
+from services.problem import Problem
 from services.redis import DeadlineExceeded, connect, insist
 from services.spec import RewardSpec
 

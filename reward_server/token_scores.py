@@ -10,7 +10,7 @@ from reward_server.scorer.metrics import TOP_K, Preset
 from services import traces
 from services.api import RewardGroup
 from services.contract import Outcome, Score
-from services.http import Problem
+from services.problem import Problem
 
 if TYPE_CHECKING:
     from reward_server.reward import Context

@@ -15,10 +15,13 @@ from rollout_server.calls import CLIENT_GONE, ClientGone, measured, while_connec
 from rollout_server.engines.base import Engine, EngineSettings, InFlight
 from rollout_server.prompts import rollout_prompts
 from services import trail
+from services.access import HttpSettings
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
 from services.contract import Version
-from services.http import HttpSettings, Problem, create_app, remaining_seconds
+from services.gate import remaining_seconds
+from services.http import create_app
 from services.model_folder import model_folder
+from services.problem import Problem
 from services.startup import StartupError
 from services.weights.follow import Follower
 

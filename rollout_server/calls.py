@@ -11,7 +11,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from rollout_server.engines.base import Aborted, Engine
 from services import traces
 from services.contract import Completion
-from services.http import Problem
+from services.problem import Problem
 
 Result = TypeVar("Result")
 

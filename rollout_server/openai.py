@@ -19,7 +19,7 @@ from rollout_server.engines.stopping import cut
 from rollout_server.engines.transformers import TransformersEngine
 from rollout_server.prompts import check_size, encode
 from services.contract import Completion, Items, Message, Sampling, Temperature, TokenIds
-from services.http import Problem
+from services.problem import Problem
 
 SomeTokenIds = Annotated[TokenIds, Field(min_length=1)]
 HARMLESS = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"}

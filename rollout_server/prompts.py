@@ -5,7 +5,7 @@ from typing import Any
 from rollout_server.engines.base import Engine, Prompt
 from services.api import RolloutRequest
 from services.contract import Message
-from services.http import Problem
+from services.problem import Problem
 
 LONGEST_TOKEN = 128
 """Characters. A text that would not fit if all its tokens were that long is refused without tokenizing it."""

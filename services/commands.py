@@ -25,13 +25,25 @@ class Order(Wire):
     id: str = Field(min_length=1, max_length=128)
 
 
+class EvaluationResult(Wire):
+    """`version` was to be evaluated; `oldest` and `newest` made the answers (none: no task could be answered)."""
+
+    version: Version
+    oldest: Version | None
+    newest: Version | None
+    tasks: int
+    failed: int
+    metrics: dict[str, float]
+    best: bool
+    seconds: float
+    at: float = Field(default_factory=time.time)
+
+
 class Evaluated(Order):
-    """`version` was evaluated: the numbers are to be tracked, and with `best` its checkpoint is the best so far."""
+    """Write the result down and track its metrics; with `best` its version's checkpoint is the best so far."""
 
     kind: Literal["evaluated"] = "evaluated"
-    version: Version
-    numbers: dict[str, float]
-    best: bool
+    result: EvaluationResult
 
 
 class RaiseBeta(Order):

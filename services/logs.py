@@ -118,7 +118,7 @@ def configure(level: str = "INFO", service: str = "") -> None:
     form = os.environ.get("RLIF_LOG_FORMAT") or "text"
     if form not in ("text", "json"):
         raise StartupError(f"RLIF_LOG_FORMAT {form}: choose text or json")
-    wanted = os.environ.get("RLIF_LOG_LEVEL", level).upper()
+    wanted = (os.environ.get("RLIF_LOG_LEVEL") or level).upper()
     if wanted not in logging.getLevelNamesMapping():
         raise StartupError(f"RLIF_LOG_LEVEL {wanted}: choose one of {', '.join(logging.getLevelNamesMapping())}")
     handler = logging.StreamHandler(sys.stderr)

@@ -64,7 +64,8 @@ class Recipe(Section):
                 f"combine: the spec {self.rewards!r} brings its own; list the rewards to combine them anew"
             )
         if isinstance(self.rewards, list) and not any(
-            term.weight and (term.sources is None or self.data.source in term.sources) for term in self.rewards
+            term.weight and (term.sources is None or self.data.names_sources or self.data.source in term.sources)
+            for term in self.rewards
         ):
             raise ValueError(
                 f"rewards: none has a weight other than 0 for tasks of data.source {self.data.source!r}: "
@@ -185,7 +186,7 @@ def _valid_here(location: tuple[int | str, ...]) -> str:
     return f"; valid keys here: {', '.join(names)}" if names else ""
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     lines = []
     for fault in error.errors(include_url=False):
         key = ".".join(str(part) for part in fault["loc"]) or "recipe"
@@ -211,7 +212,7 @@ def parse(tree: Any, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        raise RecipeError(explain(error)) from error
 
 
 def redis_url(recipe: Recipe) -> str | None:
@@ -228,15 +229,49 @@ def redis_url(recipe: Recipe) -> str | None:
         raise RecipeError(f"RLIF_REDIS_URL: {error}") from None
 
 
-def load(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file, with `key.sub=value` overrides (values in YAML). Raises RecipeError."""
+def _read(path: Path) -> Any:
     try:
-        tree = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
-    return parse(tree, overrides)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; any other value, lists too, takes the place of the base's."""
+    made = dict(base)
+    for key, value in changes.items():
+        below = made.get(key)
+        made[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return made
+
+
+def read(path: Path) -> Any:
+    """A recipe file's tree. One that `extends: OTHER.yaml` (beside it) is that recipe with its own keys merged in.
+
+    Raises RecipeError.
+    """
+    tree = _read(path)
+    seen = [path]
+    while isinstance(tree, dict) and "extends" in tree:
+        name = tree.pop("extends")
+        if not isinstance(name, str) or not name:
+            raise RecipeError(f"{seen[-1]}: extends: names one other recipe file (got {name!r:.80})")
+        base_path = seen[-1].parent / name
+        if base_path.resolve() in [one.resolve() for one in seen]:
+            raise RecipeError(f"{path}: extends: goes in a circle: {' -> '.join(map(str, [*seen, base_path]))}")
+        seen.append(base_path)
+        base = _read(base_path)
+        if not isinstance(base, dict):
+            raise RecipeError(f"{base_path}: is no YAML mapping to extend")
+        tree = merged(base, tree)
+    return tree
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, with `key.sub=value` overrides (values in YAML). Raises RecipeError."""
+    return parse(read(path), overrides)
 
 
 def dump(recipe: Recipe) -> str:

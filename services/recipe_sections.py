@@ -74,7 +74,8 @@ class Model(Section):
 
 
 class Fields(Section):
-    """Columns of the data set. One of `prompt` (text) and `messages` (a list of role/content).
+    """Columns of the data set. One of `prompt` (text) and `messages` (a list of role/content). `source` names the
+    column of a row's data set, where a file holds several.
 
     `reference` names the columns of what else the rewards read there, e.g. `{choices: options}`, or for IFEval
     `{instruction_id_list: instruction_id_list, kwargs: kwargs}`.
@@ -85,6 +86,7 @@ class Fields(Section):
     answer: str | None = None
     tests: str | None = None
     id: str | None = None
+    source: str | None = None
     reference: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("reference")
@@ -97,13 +99,15 @@ class Fields(Section):
 
     @property
     def columns(self) -> list[str]:
-        named = [self.prompt, self.messages, self.answer, self.tests, self.id]
+        named = [self.prompt, self.messages, self.answer, self.tests, self.id, self.source]
         return list(dict.fromkeys([name for name in named if name is not None] + list(self.reference.values())))
 
 
 class Data(Section):
     """A JSONL or Parquet file, a folder `save_to_disk` made, or a Hugging Face data set name.
 
+    Without `fields` the columns have the names that `rlif data prepare` gives them: `prompt` or `messages`, and any of
+    `answer`, `tests`, `id`, `source`; all others are the reference's. `source` is of rows that do not name their own.
     `answer_pattern` is a regex with one group that cuts the answer out of the answer column (GSM8K: `####\\s*(.+)`).
     `prompt` names what is said around a problem (services/prompts.yaml); `system_prompt` is a text of your own instead.
     """
@@ -113,7 +117,7 @@ class Data(Section):
     split: str = "train"
     revision: str | None = None
     source: str = "default"
-    fields: Fields
+    fields: Fields | None = None
     prompt: Annotated[str, AfterValidator(lambda name: prompts.named(name).name)] | None = None
     system_prompt: str | None = None
     answer_pattern: str | None = None
@@ -123,9 +127,14 @@ class Data(Section):
 
     @model_validator(mode="after")
     def one_prompt_column(self) -> Self:
-        if (self.fields.prompt is None) == (self.fields.messages is None):
+        if self.fields is not None and (self.fields.prompt is None) == (self.fields.messages is None):
             raise ValueError("fields: give exactly one of `prompt` and `messages`")
         return self
+
+    @property
+    def names_sources(self) -> bool:
+        """Whether the rows may name their own."""
+        return self.fields is None or self.fields.source is not None
 
     @model_validator(mode="after")
     def one_prompt_around_it(self) -> Self:
@@ -133,7 +142,7 @@ class Data(Section):
             return self
         if self.system_prompt is not None:
             raise ValueError(f"system_prompt: prompt {self.prompt!r} brings its own; give one of the two")
-        if self.fields.messages is not None and prompts.named(self.prompt).templates:
+        if self.fields is not None and self.fields.messages is not None and prompts.named(self.prompt).templates:
             raise ValueError(f"prompt: {self.prompt!r} is put around the text of fields.prompt, not fields.messages")
         return self
 
@@ -147,7 +156,7 @@ class Data(Section):
             raise ValueError(f"answer_pattern: {self.answer_pattern!r} is not a regular expression: {error}") from error
         if groups != 1:
             raise ValueError(f"answer_pattern: {self.answer_pattern!r} needs exactly one group, it has {groups}")
-        if self.fields.answer is None:
+        if self.fields is not None and self.fields.answer is None:
             raise ValueError("answer_pattern: is of no use without fields.answer")
         return self
 

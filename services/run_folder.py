@@ -35,7 +35,9 @@ def prepare(recipe: Recipe, resume: bool) -> None:
         raise StartupError(f"run.dir {run_dir} holds a run already: go on with --resume, or choose another run.dir")
     if resume and not there:
         raise StartupError(f"run.dir {run_dir} holds no run to resume")
-    for key, path in (("model.path", recipe.model.path), ("data.path", recipe.data.path)):
+    read = {"model.path": recipe.model.path, "data.path": recipe.data.path}
+    read |= {"evaluation.data.path": recipe.evaluation.data.path} if recipe.evaluation else {}
+    for key, path in read.items():
         inside = next((name for name in FOLDERS if _lies_in(Path(path), run_dir / name)), None)
         if inside:
             raise StartupError(

@@ -10,8 +10,10 @@ from typing import Any
 
 import uvicorn
 
-from services import connections, http
+from services import connections
+from services.access import settings_from_environment
 from services.address import listen
+from services.http import create_app
 from services.startup import StartupError
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def serving_status(
     RLIF_STATUS_HOST, or everywhere, otherwise on loopback. Raises StartupError when the port is taken.
     """
     host = os.environ.get("RLIF_STATUS_HOST", "0.0.0.0") if os.environ.get("RLIF_API_TOKEN") else "127.0.0.1"
-    app = http.create_app(service, version("rlif"), http.settings_from_environment(host), ready)
+    app = create_app(service, version("rlif"), settings_from_environment(host), ready)
     if status is not None:
 
         @app.get("/v1/status", tags=["run"])

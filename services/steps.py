@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+STOPPED = "stopped.txt"
+"""In the run's folder, with the reason, when an order ended the run."""
+
 
 class StepsError(ValueError):
     """The file does not hold a run's steps; the message names file and line."""
@@ -15,6 +18,12 @@ def traces_of_training(run_dir: Path) -> str | None:
     if steps.exists() and steps.stat().st_size:
         return steps.name
     return "checkpoints" if (run_dir / "checkpoints").exists() else None
+
+
+def why_stopped(run_dir: Path) -> str | None:
+    """The reason of the order that ended the run; none where no order did."""
+    stopped = run_dir / STOPPED
+    return stopped.read_text().strip() if stopped.exists() else None
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

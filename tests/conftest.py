@@ -26,6 +26,12 @@ def pytest_configure() -> None:
         raise pytest.UsageError("RLIF_REQUIRE_PROMETHEUS is set but prometheus or promtool is missing")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: of two workers one would else begin them when the other has no more to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("vllm")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A 2-layer random Qwen2, V = 288, with tokenizer: a Hugging Face folder."""

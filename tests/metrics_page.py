@@ -18,7 +18,7 @@ if __name__ == "__main__":  # from a checkout, whatever is installed
 PACKAGES = ("services", "reward_server", "rollout_server", "trainer")
 SERVERS = "every process"
 FOLDERS = {  # the longest that fits; who imports it has the metric
-    "services/http": SERVERS,
+    "services/gate": SERVERS,
     "services/queue": "orchestrator, trainer",
     "services/orchestrator/": "orchestrator",
     "services/weights/publish": "trainer (rank 0)",

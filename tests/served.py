@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from services.http import listen
+from services.address import listen
 from services.startup import StartupError
 
 

@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from served import served
 
 from reward_server.app import Settings, create
-from services import http
+from services.access import HttpSettings, require_admin
 from services.api import (
     RewardGroup,
     RewardsRequest,
@@ -42,7 +42,9 @@ from services.clients import (
     pause_before,
 )
 from services.contract import Completion, CompletionScore, GroupScores, Score, Task, Version
+from services.http import create_app
 from services.orchestrator.routing import Routes
+from services.problem import Problem
 from services.spec import RewardSpec
 
 pytestmark = pytest.mark.alone
@@ -62,8 +64,8 @@ def completion(seed: int) -> Completion:
     return Completion(text="é", token_ids=[seed, 70000], logprobs=[-0.1, -2.5], finish_reason="stop")
 
 
-def make_app(behaviour: Behaviour, settings: http.HttpSettings) -> FastAPI:
-    app = http.create_app("test", "0", settings, ready=lambda: {"model": "ok"})
+def make_app(behaviour: Behaviour, settings: HttpSettings) -> FastAPI:
+    app = create_app("test", "0", settings, ready=lambda: {"model": "ok"})
 
     @app.middleware("http")
     async def misbehave(request: Request, call_next):
@@ -92,7 +94,7 @@ def make_app(behaviour: Behaviour, settings: http.HttpSettings) -> FastAPI:
     @app.post("/v1/rewards")
     async def rewards(body: RewardsRequest) -> RewardsResponse:
         if body.spec == "unknown":
-            raise http.Problem(422, "Unknown spec", "there is no spec 'unknown'", field="spec")
+            raise Problem(422, "Unknown spec", "there is no spec 'unknown'", field="spec")
         score = CompletionScore(components={"r": Score.of(0.5)}, reward=0.5, advantage=0.0, valid=True)
         return RewardsResponse(
             groups=[
@@ -107,11 +109,11 @@ def make_app(behaviour: Behaviour, settings: http.HttpSettings) -> FastAPI:
         return ScoreResponse(results=[result for _ in body.items], model="m", weight_version=Version(), vocab_size=288)
 
     @app.put("/v1/specs/{name}")
-    async def put_spec(name: str, spec: RewardSpec, _: None = http.require_admin) -> SpecEntry:
+    async def put_spec(name: str, spec: RewardSpec, _: None = require_admin) -> SpecEntry:
         return SpecEntry(name=name, version=1, spec_id=spec.spec_id, built_in=False, updated_at=0.0, spec=spec)
 
     @app.delete("/v1/specs/{name}", status_code=204)
-    async def delete_spec(name: str, _: None = http.require_admin) -> None:
+    async def delete_spec(name: str, _: None = require_admin) -> None:
         assert name
 
     return app
@@ -124,7 +126,7 @@ def busy(status: int = 503, **headers: str) -> Response:
 @pytest.fixture(scope="module")
 def server():
     behaviour = Behaviour()
-    settings = http.HttpSettings(api_token="api", admin_token="admin")
+    settings = HttpSettings(api_token="api", admin_token="admin")
     with served(make_app(behaviour, settings)) as url:
         yield url, behaviour
 
@@ -338,7 +340,7 @@ def both(server: tuple[str, str, str], method: str, *args):
 
 
 def test_specs_and_rewards_of_the_real_server():
-    settings = Settings(http=http.HttpSettings(api_token="api", admin_token="admin"))
+    settings = Settings(http=HttpSettings(api_token="api", admin_token="admin"))
     with served(create(settings)) as url:
         server = (url, "api", "admin")
         listed = {entry.name: entry for entry in both(server, "list_rewards")}
@@ -440,7 +442,7 @@ async def no_preparation(_: RolloutClient) -> None:
 def two_servers():
     one, two = Behaviour(), Behaviour()
     one.model, two.model = "one", "two"
-    with served(make_app(one, http.HttpSettings())) as a, served(make_app(two, http.HttpSettings())) as b:
+    with served(make_app(one, HttpSettings())) as a, served(make_app(two, HttpSettings())) as b:
         yield (a, one), (b, two)
 
 

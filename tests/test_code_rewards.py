@@ -20,9 +20,10 @@ from reward_server.sandbox.bubblewrap import Bubblewrap
 from reward_server.sandbox.provider import CaseResult
 from reward_server.sandbox.sandboxfusion import SandboxFusion
 from reward_server.workers import Turn, WorkerPool
+from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.contract import Reference, Task, TestCase
-from services.http import HttpSettings, Problem
+from services.http import Problem
 from services.startup import StartupError
 
 pytestmark = pytest.mark.alone

@@ -12,11 +12,12 @@ from services.address import free_port
 SERVER = """
 import sys, time
 from services import http
+from services.access import HttpSettings
 http.DEATH_SECONDS = 2.0
 began = time.monotonic()
 def death():
     return "the engine died" if time.monotonic() - began > 1 else ""
-app = http.create_app("x", "1", http.HttpSettings(), lambda: {"engine": death() or "ok"}, death=death)
+app = http.create_app("x", "1", HttpSettings(), lambda: {"engine": death() or "ok"}, death=death)
 http.serve(app, "127.0.0.1", int(sys.argv[1]))
 """
 

@@ -20,6 +20,7 @@ from services.demo import comparison, report, task
 from services.demo.arms import ARMS, rewards
 from services.demo.evaluation import Evaluation, WayFigures, _answers, evaluate, measure
 from services.demo.task import Problem
+from services.spec import RewardSpec
 from services.steps import StepsError, read_steps
 
 any_problem = st.builds(Problem, st.integers(10, 99), st.integers(10, 99))
@@ -448,7 +449,23 @@ def test_arms_train_on_their_own_rewards_and_measure_the_same():
         "verifiable": {"self_certainty": 0, "exact_match": 1},
         "both": {"self_certainty": 1, "exact_match": 1},
         "random": {"self_certainty": 0, "exact_match": 0, "random": 1},
+        "plurality": {"self_certainty": 0, "exact_match": 0, "majority_vote": 1},
+        "intuitor_then_grpo": {"self_certainty": 1, "exact_match": 1},
     }
+
+
+def test_intuitor_then_grpo_goes_over_in_the_middle():
+    for steps, half in ((100, 50), (7, 3), (1, 1)):
+        certainty, match = rewards("intuitor_then_grpo", steps=steps)
+        weights = [(certainty.weight_at(version), match.weight_at(version)) for version in range(steps + 1)]
+        assert weights == [(1, 0)] * half + [(0, 1)] * (steps + 1 - half)
+
+
+def test_what_the_reward_server_takes_for_the_arms_terms():
+    from reward_server.specs import EVERY_PART, check_spec
+
+    for arm in ARMS:
+        check_spec(RewardSpec(rewards=rewards(arm)), EVERY_PART)
 
 
 def test_recipe_is_the_self_certainty_arm():

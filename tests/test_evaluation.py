@@ -403,7 +403,7 @@ def test_verdicts_that_the_machine_spoilt_are_had_again(tmp_path):
         ("--url nowhere --data {data} --tasks gsm8k", "--url 'nowhere' is not a server's URL"),
         ("--url http://127.0.0.1:9 --judge-url http://j/v1", "--judge-url and --judge-model belong together"),
         ("--url http://127.0.0.1:9 --beside 4b", "--beside 4b: choose from 1.5b"),
-        ("--url http://127.0.0.1:9 --data {data} --tasks math500", "no math500.jsonl; without --data"),
+        ("--url http://127.0.0.1:9 --data {data} --tasks math500", "no math500.jsonl (nor .parquet); without --data"),
         ("--model /nowhere/at/all", "--model /nowhere/at/all: no such folder"),
     ],
 )

@@ -218,10 +218,10 @@ def test_a_file_becomes_questions(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (None, "no gsm8k_test.jsonl; without --data, openai/gsm8k is read from the hub"),
+        (None, "no gsm8k_test.jsonl (nor .parquet); without --data the hub is read"),
         ("", "no records"),
         ("{", "line 1: not valid JSON"),
-        ("[]", "line 1: a record is a JSON object"),
+        ("[]", "line 1: a row is a JSON object"),
         ('{"question": "q"}', "record 1: not a record of gsm8k: no field 'answer'"),
         ('{"question": "q", "answer": "7"}', "record 1: not a record of gsm8k: answer has no number after ####"),
         ('{"question": " ", "answer": "#### 7"}', "question is text (got ' ')"),
@@ -250,12 +250,14 @@ def test_a_checksum_names_what_decides_what_a_model_says(tmp_path):
 
 def test_without_a_folder_the_hub_is_read(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "test.jsonl").write_text(json.dumps(GSM8K) + "\n")
-    benchmark = replace(BENCHMARKS["gsm8k"], hub=Hub(str(tmp_path / "hub"), "test"))
+    saved = tmp_path / "hub"  # `datasets` reads such a folder as it reads the hub
+    datasets.DatasetDict({"test": datasets.Dataset.from_list([GSM8K])}).save_to_disk(saved)
+    benchmark = replace(BENCHMARKS["gsm8k"], hub=Hub(str(saved), "test"))
     found = sources.load(benchmark, None, None)
-    assert found.items == [only("gsm8k", GSM8K)] and found.source == f"{tmp_path / 'hub'} (test)"
-    with pytest.raises(StartupError, match="of the hub cannot be read"):
-        sources.load(replace(benchmark, hub=Hub(str(tmp_path / "nothing"), "test")), None, None)
+    assert found.items == [only("gsm8k", GSM8K)] and found.source == f"{saved} (test)"
+    datasets.Dataset.from_list([GSM8K]).to_parquet(tmp_path / "gsm8k_test.parquet")
+    assert sources.load(benchmark, tmp_path, None).items == found.items
+    for hub in (Hub("owner/nothing", "test"), Hub("owner/nothing", "test", files=("a.jsonl",))):
+        with pytest.raises(StartupError, match="^'owner/nothing'.*hub"):
+            sources.load(replace(benchmark, hub=hub), None, None)

@@ -10,17 +10,13 @@ from fastapi import Request
 from served import served
 
 from services import codec
+from services.access import HttpSettings, require_admin, settings_from_environment
 from services.address import listen
 from services.api import ScoreItem, ScoreRequest
-from services.http import (
-    HttpSettings,
-    Problem,
-    StartupError,
-    create_app,
-    remaining_seconds,
-    require_admin,
-    settings_from_environment,
-)
+from services.gate import remaining_seconds
+from services.http import create_app
+from services.problem import Problem
+from services.startup import StartupError
 
 pytestmark = pytest.mark.alone
 
@@ -233,7 +229,7 @@ def test_a_client_that_never_sends_the_rest_of_its_body_loses_its_place():
 
 
 def test_a_path_cannot_forge_log_lines(open_url, caplog):
-    caplog.set_level("INFO", logger="services.http")
+    caplog.set_level("INFO", logger="services.gate")
     assert httpx.get(f"{open_url}/%0A2026%20ERROR%20forged%1b[31m").status_code == 404
     assert httpx.get(f"{open_url}/nowhere").status_code == 404
     assert "GET /%0A2026%20ERROR%20forged%1B%5B31m -> 404" in caplog.text

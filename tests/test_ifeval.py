@@ -14,7 +14,7 @@ from reward_server.rewards import instruction_following
 from reward_server.workers import Limits, Turn, WorkerPool
 from services.api import CompletionText, RewardGroup
 from services.contract import Outcome, Reference, Task
-from services.http import Problem
+from services.problem import Problem
 
 pytestmark = pytest.mark.alone
 

@@ -22,7 +22,7 @@ from served import served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward_server.app import Settings, create
-from services.http import HttpSettings
+from services.access import HttpSettings
 from services.spec import RewardSpec
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "integrations.md"

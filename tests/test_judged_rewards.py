@@ -25,9 +25,10 @@ from reward_server.rewards import llm_judge, patterns, remote
 from reward_server.rewards.llm_judge import LlmJudgeParams, message
 from reward_server.rewards.remote import RemoteParams
 from reward_server.workers import Limits, Turn, WorkerPool
+from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.contract import Message, Outcome, Reference, Score, Task
-from services.http import HttpSettings, Problem
+from services.problem import Problem
 
 pytestmark = pytest.mark.alone
 

@@ -16,7 +16,8 @@ from served import served
 from reward_server.app import Settings, create
 from reward_server.playground import page
 from reward_server.rewards import REWARDS
-from services.http import OPEN_FOLDER, OPEN_PATHS, HttpSettings
+from services.access import HttpSettings
+from services.gate import OPEN_FOLDER, OPEN_PATHS
 
 pytestmark = pytest.mark.alone
 

@@ -10,22 +10,27 @@ import threading
 import time
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import yaml
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from prometheus_client import REGISTRY
 from served import served, two_free_ports
 
 from reward_server import app as reward_app
-from services import commands, http, recipe
+from services import commands, recipe
+from services.access import HttpSettings
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
 from services.clients import RewardClient
 from services.contract import Completion, ScoredGroup, Version, WeightVersion, group_seed
+from services.http import create_app
 from services.keys import Keys
+from services.orchestrator.evaluation import Evaluator
 from services.orchestrator.progress import RunFailed
 from services.orchestrator.run import orchestrate
+from services.problem import Problem
 from services.queue import GroupQueue
 from services.redis import EmbeddedRedis, cancel, connect, connect_sync, insist
 from services.spec import RewardSpec
@@ -53,7 +58,7 @@ class RolloutServer:
         self.gate.set()
         self.running = 0
         self.most_running = 0
-        self.app = http.create_app("rollout", "0", http.HttpSettings(), ready=lambda: {})
+        self.app = create_app("rollout", "0", HttpSettings(), ready=lambda: {})
         self._routes(self.app)
 
     def _routes(self, app: FastAPI) -> None:
@@ -65,10 +70,10 @@ class RolloutServer:
         async def rollouts(body: RolloutsRequest) -> RolloutsResponse:
             self.batches.append(body)
             if self.forbidden:
-                raise http.Problem(403, "Forbidden")
+                raise Problem(403, "Forbidden")
             for place, request in enumerate(body.requests):
                 if self.refuse & {request.messages[-1].content, "everything"}:
-                    raise http.Problem(422, "Too long", "the prompt is too long", field=f"requests[{place}]")
+                    raise Problem(422, "Too long", "the prompt is too long", field=f"requests[{place}]")
             self.running += 1
             self.most_running = max(self.most_running, self.running)
             try:
@@ -221,7 +226,7 @@ class WebHook:
         async def hook(request: Request) -> dict:
             if not self.failed:
                 self.failed = True
-                raise http.HTTPException(503)
+                raise HTTPException(503)
             self.bodies.append(await request.json())
             self.headers.append(request.headers.get("authorization"))
             return {}
@@ -473,7 +478,7 @@ async def test_a_lost_spec_is_put_again(make_recipe, clean, rollouts, reward_ser
 async def test_a_token_that_is_refused_buries_nothing(make_recipe, clean, rollouts, monkeypatch):
     """The servers check it at once; a run whose token is withdrawn later ends before its groups are given up."""
     chosen = make_recipe()
-    settings = reward_app.Settings(http=http.HttpSettings(api_token="secret", admin_token="root"), verifier_workers=1)
+    settings = reward_app.Settings(http=HttpSettings(api_token="secret", admin_token="root"), verifier_workers=1)
     with served(reward_app.create(settings)) as url:
         async with running(chosen, clean, rollouts.url, url) as task:
             with pytest.raises(StartupError, match="cannot be used as a reward server: .*401 Token needed"):
@@ -869,10 +874,8 @@ async def test_evaluation_of_exact_versions_names_the_best(make_recipe, clean, r
         "certainty": False,
         "tasks_per_request": 3,
     }
-    (tmp_path / "run").mkdir()
     chosen = make_recipe(
         evaluation=evaluation,
-        run__dir=str(tmp_path / "run"),
         run__deterministic=True,
         pacing__max_staleness=0,
         trainer__steps=4,
@@ -885,21 +888,70 @@ async def test_evaluation_of_exact_versions_names_the_best(make_recipe, clean, r
         await obey(trainer, await answer(trainer, "finish"))
         assert await over(task) == 0
     orders = await commands.after(trainer.queue.redis, trainer.run, 0)
-    assert [(order.kind, str(getattr(order, "version", ""))) for order in orders] == [
-        ("evaluated", "0.0"), ("evaluated", "0.2"), ("evaluated", "0.4"), ("finish", ""),
-    ]  # fmt: skip
-    assert [order.best for order in orders[:3]] == [True, False, False]  # the same answers each time
+    assert [order.kind for order in orders] == ["evaluated"] * 3 + ["finish"]
+    results = [order.result for order in orders[:3]]
+    assert [str(result.version) for result in results] == ["0.0", "0.2", "0.4"]
+    assert [result.best for result in results] == [True, False, False]  # the same answers each time
     # Numbers 0, 1 and 2 are said to each task: three of the four have one right answer of three.
-    assert orders[0].numbers["accuracy"] == orders[0].numbers["accuracy.exact_match"] == pytest.approx(0.25)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
-    assert all(line["oldest"] == line["newest"] == line["version"] and line["failed"] == 0 for line in lines)
+    assert results[0].metrics["accuracy"] == results[0].metrics["accuracy.exact_match"] == pytest.approx(0.25)
+    assert all(result.oldest == result.newest == result.version and result.failed == 0 for result in results)
     asked = [
         [request for request in batch.requests if request.messages[-1].content.startswith("tell")]
         for batch in rollouts.batches
     ]
     assert [len(batch) for batch in asked if batch] == [3, 1] * 3
+    # A server that does not serve the version yet has to wait for it.
+    versions = [{str(request.min_weight_version) for request in batch} for batch in asked if batch]
+    assert versions == [{"0.0"}] * 2 + [{"0.2"}] * 2 + [{"0.4"}] * 2
     assert len({request.sampling.seed for batch in asked for request in batch}) == 4
     assert set(trainer.staleness) == {0}
+
+
+def evaluator_of(make_recipe, redis=None, **evaluation) -> Evaluator:
+    """One without tasks; the run is of lineage 1."""
+    judged = {
+        "data": {"path": "x", "fields": {"prompt": "q"}},
+        "every": 10,
+        "rewards": "exact_match",
+        "certainty": False,
+    }
+    chosen = make_recipe(evaluation={**judged, **evaluation})
+    watch = SimpleNamespace(redis=redis, floor=1, extra={})
+    return Evaluator(SimpleNamespace(recipe=chosen, watch=watch), chosen.evaluation, SimpleNamespace(tasks=[]))
+
+
+def a_result(step: int, **metrics: float) -> commands.EvaluationResult:
+    none = {"oldest": None, "newest": None, "tasks": 0, "failed": 0, "best": False, "seconds": 0}
+    return commands.EvaluationResult(version=Version(lineage=1, version=step), metrics=metrics, **none)
+
+
+@pytest.mark.parametrize(
+    ("best_is", "expected"), [("highest", [True, False, False, True]), ("lowest", [True, True, False, False])]
+)
+def test_the_best_is_better_than_all_before(make_recipe, best_is, expected):
+    evaluator = evaluator_of(make_recipe, best="length", best_is=best_is)
+    found = []
+    for step, length in enumerate((5.0, 3.0, 3.0, 8.0)):
+        found.append(evaluator._is_best({"length": length}))
+        evaluator.results[step] = a_result(step, length=length)
+    assert found == expected
+    assert not evaluator._is_best({"accuracy": 1.0})  # the metric is missing
+
+
+async def test_a_roll_back_forgets_what_it_undid_alone(make_recipe, clean):
+    async with connect(clean.url) as client:
+        evaluator = evaluator_of(make_recipe, client)
+        for step in (0, 2, 4):
+            await evaluator._note(a_result(step))
+        await evaluator.forget(after=2)
+        assert sorted(evaluator.results) == [0, 2]
+        await evaluator.load()
+        assert sorted(evaluator.results) == [0, 2]
+        # One of weights that were undone while they were evaluated is not noted.
+        await evaluator.evaluate(Version(lineage=0, version=4))
+        assert sorted(evaluator.results) == [0, 2]
+        await evaluator.evaluate(Version(lineage=1, version=3))
+        assert sorted(evaluator.results) == [0, 2, 3]
 
 
 async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(
@@ -919,7 +971,7 @@ async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(
     async with running(chosen, clean, rollouts.url, reward_server) as task:
         await trainer.start()
         first = await answer(trainer, "evaluated")
-        assert first.numbers["value.exact_match"] == 0.0 and first.best
+        assert first.result.metrics["value.exact_match"] == 0.0 and first.result.best
         await trainer.train(STEPS)
         await obey(trainer, await answer(trainer, "finish"))
         assert await over(task) == 0

@@ -6,18 +6,24 @@ import time
 
 import pytest
 import yaml
-from test_trainer import GROUPS_PER_STEP, STEPS, Run, read_steps, surviving
+from test_trainer import GROUPS_PER_STEP, STEPS, Run, make_recipe, read_steps, surviving
 
 from services import commands, recipe
-from services.commands import Evaluated, Finish, RaiseBeta, RollBack, Stop
+from services.commands import Evaluated, EvaluationResult, Finish, RaiseBeta, RollBack, Stop
 from services.contract import Version
 from services.queue import GroupQueue
 from services.redis import connect
+from trainer.checkpoint import Progress
+from trainer.obey import adjusted, obey
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 300.0
 """A trainer starts in a few seconds; on a machine that does much else it takes minutes."""
 GUARD = {"action": "roll_back"}
+LOOK = EvaluationResult(
+    version=Version(version=0), oldest=None, newest=None, tasks=4, failed=0, metrics={"accuracy": 0.5}, best=True,
+    seconds=0.1,
+)  # fmt: skip
 ORDERED = {"schedule": "constant", "warmup": 0, "checkpoints": {"every": STEPS, "keep": 2}}
 
 
@@ -66,16 +72,17 @@ async def test_an_order_is_given_once_and_they_keep_their_order(redis_url):
 
 @pytest.fixture(scope="module")
 def ordered(tiny_model, redis_url, tmp_path_factory):
-    """Beta is raised after step 2; killed after step 3 and gone on from the first weights; rolled back after step 4,
-    and killed again; stopped after step 3 of the third start."""
+    """Beta is raised and the first weights are named the best after step 2; killed after step 3 and gone on from the
+    first weights; rolled back after step 4, and killed again; stopped after step 3 of the third start."""
     run = guarded(tmp_path_factory.mktemp("orders"), tiny_model, redis_url, "ordered", **ORDERED)
     at = [number * GROUPS_PER_STEP for number in range(STEPS + 1)]
     try:
         run.push(0, at[2])
         run.start().wait_for(2, 0, SECONDS)
         order(run, RaiseBeta(id="raise", factor=2.0, cap=0.15, reason="a test"))
+        order(run, Evaluated(id="look", result=LOOK))
         ends = time.monotonic() + SECONDS
-        while not obeyed(run):  # while it waits for groups
+        while len(obeyed(run)) < 2:  # while it waits for groups
             assert time.monotonic() < ends
             time.sleep(0.05)
         run.push(at[2], at[3])
@@ -84,7 +91,6 @@ def ordered(tiny_model, redis_url, tmp_path_factory):
         run.start("--resume").wait_for(3, 1, SECONDS)
         run.push(at[3], at[4])
         run.wait_for(4, 1, SECONDS)
-        order(run, Evaluated(id="look", version=Version(version=0), numbers={"accuracy": 0.5}, best=True))
         order(run, RollBack(id="back", before=2, rate_factor=0.5, reason="a test"))
         run.wait_for(0, 2, SECONDS)
         kill(run)
@@ -124,11 +130,16 @@ def test_a_roll_back_makes_undone_groups_again_at_the_lower_rate(ordered):
 def test_what_came_of_orders_is_known_and_outlives_a_kill(ordered):
     found = obeyed(ordered)
     assert {name: (one.step, one.lineage) for name, one in found.items()} == {
-        "raise": (2, 1), "look": (4, 1), "back": (0, 2), "stop": (3, 3),
+        "raise": (2, 1), "look": (2, 1), "back": (0, 2), "stop": (3, 3),
     }  # fmt: skip
     assert found["raise"].effect == "kl_beta 0.1 -> 0.15" and found["look"].effect == "checkpoint 1-0 is the best"
     assert found["back"].effect == "from step 4 back to 0, learning rate x 0.5"
     assert ordered.log.read_text().count("roll_back: ") == 1
+
+
+def test_an_evaluation_is_noted_once_however_often_the_trainer_is_told(ordered):
+    lines = (ordered.dir / "evaluations.jsonl").read_text().splitlines()
+    assert [EvaluationResult.model_validate_json(line) for line in lines] == [LOOK]
 
 
 def test_a_stop_ends_with_a_checkpoint_and_the_reason(ordered):
@@ -136,3 +147,12 @@ def test_a_stop_ends_with_a_checkpoint_and_the_reason(ordered):
     assert (ordered.dir / "stopped.txt").read_text() == "a test says so\n"
     kept = json.loads((ordered.dir / "checkpoints" / "3-3" / "state.json").read_text())
     assert (kept["orders"], kept["kl_beta"], kept["rate"]) == (4, 0.15, 0.5)
+
+
+@pytest.mark.parametrize(("before", "expected"), [(0.1, 0.2), (0.3, 0.5), (0.7, 0.7)])
+def test_a_raised_beta_is_capped_and_never_lowered(tmp_path, before, expected):
+    chosen = recipe.parse(make_recipe(tmp_path / "model", tmp_path, kl_beta=before))
+    progress = Progress()
+    effect = obey(RaiseBeta(id="a", factor=2.0, cap=0.5, reason="x"), chosen, progress, None)
+    assert adjusted(chosen.trainer, progress).kl_beta == pytest.approx(expected)
+    assert effect == f"kl_beta {before:g} -> {expected:g}"

@@ -22,8 +22,8 @@ from reward_server.playground.form import METRICS, place_of
 from reward_server.playground.tokens import SHADINGS, STEPS, bytes_of, number, parts, scale
 from reward_server.scorer.transformers import TransformersScorer
 from reward_server.spec_store import MemoryStore
+from services.access import HttpSettings
 from services.api import ScoreResult
-from services.http import HttpSettings
 from services.spec import RewardSpec
 
 CSS = Path("reward_server/playground/static/page.css")

@@ -11,7 +11,7 @@ from served import served
 
 from reward_server.app import Settings, create
 from reward_server.playground.tokens import number
-from services.http import HttpSettings
+from services.access import HttpSettings
 
 webdriver = pytest.importorskip("selenium.webdriver")
 

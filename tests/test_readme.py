@@ -14,7 +14,7 @@ from reward_server.app import Settings, create
 from reward_server.rewards import REWARDS
 from reward_server.sandbox import app as sandbox_app
 from reward_server.sandbox.bubblewrap import Bubblewrap
-from services.http import HttpSettings
+from services.access import HttpSettings
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

@@ -15,6 +15,7 @@ from services import recipe
 from services.recipe import RecipeError
 from trainer import checkpoint, pieces
 
+pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 RANKS = (2, 1, 2)
 STEPS = 3

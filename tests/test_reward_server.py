@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward_server.app import Settings, create
 from reward_server.rewards import REWARDS
+from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.clients import Refused, RewardClient
 from services.contract import Outcome, Reference, Task, Version
-from services.http import HttpSettings
 from services.keys import Keys
 from services.redis import connect_sync
 from services.spec import RewardSpec, RewardTerm

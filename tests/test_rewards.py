@@ -15,7 +15,7 @@ from reward_server.specs import SpecError, built_in, check_spec, named_spec
 from reward_server.workers import Limits, Turn, WorkerPool
 from services.api import CompletionText, RewardGroup
 from services.contract import Outcome, Reference, Task
-from services.http import Problem
+from services.problem import Problem
 from services.spec import RewardSpec, RewardTerm
 
 

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from rollout_server.app import Settings, create
 from services import codec
+from services.access import HttpSettings
 from services.api import RolloutRequest, RolloutsResponse
 from services.clients import Refused, RolloutClient, Unavailable
 from services.contract import Message, Sampling, Version
-from services.http import HttpSettings
 from services.redis import connect_sync
 from services.startup import StartupError
 from services.weights.publish import Publisher

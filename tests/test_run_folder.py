@@ -50,12 +50,13 @@ def test_the_users_own_folders_stay(tmp_path, name):
     assert (tmp_path / "model" / "precious").exists()
 
 
-@pytest.mark.parametrize("key", ["model.path", "data.path"])
+@pytest.mark.parametrize("key", ["model.path", "data.path", "evaluation.data.path"])
 def test_model_and_data_do_not_lie_where_the_run_writes(tmp_path, key):
     (tmp_path / "run" / "model").mkdir(parents=True)
     inside = tmp_path / "run" / "model"
+    held_out = "evaluation={data: {path: elsewhere, fields: {prompt: p}}, every: 10, rewards: exact_match}"
     with pytest.raises(StartupError, match=f"{key}: .* where the run writes"):
-        prepare(made(tmp_path / "run", f"{key}={inside}"), resume=False)
+        prepare(made(tmp_path / "run", held_out, f"{key}={inside}"), resume=False)
 
 
 def test_a_new_folder_is_this_users_alone(tmp_path):

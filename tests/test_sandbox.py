@@ -33,7 +33,7 @@ from reward_server.sandbox.piston import Piston
 from reward_server.sandbox.provider import Busy, Case, CaseResult, Limits, Places, Program, in_turn
 from reward_server.sandbox.remote import RemoteSandbox
 from reward_server.sandbox.sandboxfusion import SandboxFusion
-from services.http import HttpSettings
+from services.access import HttpSettings
 from services.startup import StartupError
 
 pytestmark = pytest.mark.alone

@@ -26,7 +26,7 @@ from reward_server.app import Settings, create
 from reward_server.sandbox import seccomp
 from reward_server.sandbox.bubblewrap import Bubblewrap
 from reward_server.sandbox.provider import Case, CaseResult, Limits, Program
-from services.http import HttpSettings
+from services.access import HttpSettings
 
 pytestmark = [pytest.mark.alone, pytest.mark.asyncio(loop_scope="module")]
 

@@ -10,7 +10,8 @@ import httpx
 import pytest
 import yaml
 
-from services import http, recipe
+from services import recipe
+from services.address import listen
 from services.startup import StartupError
 from trainer.train import main
 from trainer.waits import Waits
@@ -46,7 +47,7 @@ def test_readiness_says_whom_the_trainer_waits_for():
 
 
 def test_a_trainer_without_redis_answers_probes_and_a_busy_port_is_refused(tiny_model, tmp_path):
-    with http.listen("127.0.0.1", 0) as taken:
+    with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         tree = make_tree(tiny_model, tmp_path / "run", port)
         taken.listen()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from services import commands
@@ -195,7 +196,7 @@ class Feed:
             weights = self.published
             if weights is not None:
                 try:
-                    await asyncio.to_thread(_check, weights)
+                    await asyncio.to_thread(_check, weights, self.recipe.weights.mirror_dir)
                 except disk.DamagedWeights as error:
                     raise disk.DamagedWeights(f"the published weights {weights.id} are damaged: {error}") from error
 
@@ -245,9 +246,9 @@ class Feed:
         self.runner.close()
 
 
-def _check(weights: WeightVersion) -> None:
+def _check(weights: WeightVersion, mirror_dir: Path | None) -> None:
     """Raises DamagedWeights, OSError."""
-    with whole(weights):
+    with whole(weights, mirror_dir):
         pass
 
 

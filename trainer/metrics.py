@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 
 from services import tracking
+from services.commands import EvaluationResult
 from services.contract import Outcome, ScoredGroup
 from services.recipe import Recipe
 from trainer import diversity
@@ -174,6 +175,7 @@ class StepLog:
         """Raises StartupError when a tracker cannot be started."""
         path = recipe.run.dir / "steps.jsonl"
         _drop_torn_line(path)
+        self.evaluations = recipe.run.dir / "evaluations.jsonl"
         self.trackers = tracking.start(recipe, start)
         self.every = recipe.tracking.samples_every
         self.file = path.open("ab")
@@ -195,6 +197,15 @@ class StepLog:
         """To the trackers alone."""
         for tracker in self.trackers:
             _try(tracker, partial(tracker.log, step, numbers))
+
+    def evaluated(self, result: EvaluationResult) -> None:
+        """A line of `evaluations.jsonl`, and what the trackers are told. A restored trainer is told of some again."""
+        line = result.model_dump_json()
+        _drop_torn_line(self.evaluations)
+        if not self.evaluations.exists() or line not in self.evaluations.read_text().splitlines():
+            with self.evaluations.open("a") as file:
+                file.write(line + "\n")
+        self.track(result.version.version, {f"evaluation.{name}": value for name, value in result.metrics.items()})
 
     def samples(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """What the step was trained on, completion by completion, where the recipe asks for this step's."""

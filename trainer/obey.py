@@ -29,16 +29,16 @@ def obey(order: AnyOrder, recipe: Recipe, progress: Progress, records: StepLog |
         progress.kl_beta = max(before, min(before * order.factor, order.cap))
         return f"kl_beta {before:g} -> {progress.kl_beta:g}"
     if isinstance(order, Evaluated) and records is not None:
-        records.track(order.version.version, {f"evaluation.{name}": value for name, value in order.numbers.items()})
-        return _mark_best(order, recipe) if order.best else "noted"
+        records.evaluated(order.result)
+        return _mark_best(order.result.version.version, recipe) if order.result.best else "noted"
     return order.kind
 
 
-def _mark_best(order: Evaluated, recipe: Recipe) -> str:
+def _mark_best(step: int, recipe: Recipe) -> str:
     directory = recipe.run.dir / "checkpoints"
-    name = checkpoint.name_of(directory, order.version.version)
+    name = checkpoint.name_of(directory, step)
     if name is None:
-        log.warning("the checkpoint of step %d is gone: it is not marked as the best", order.version.version)
-        return f"no checkpoint of step {order.version.version} is left"
+        log.warning("the checkpoint of step %d is gone: it is not marked as the best", step)
+        return f"no checkpoint of step {step} is left"
     checkpoint.mark_best(directory, name)
     return f"checkpoint {name} is the best"

@@ -24,7 +24,7 @@ from services.queue import Entry
 from services.recipe import Recipe, RecipeError
 from services.redis import connect_sync
 from services.status import serving_status
-from services.steps import traces_of_training
+from services.steps import STOPPED, traces_of_training
 from services.weights.publish import Publisher
 from trainer import checkpoint, metrics, policy
 from trainer import engine as engines
@@ -43,8 +43,6 @@ log = logging.getLogger(__name__)
 
 STOP, BATCH, ORDERS = b"", b"b", b"o"
 """What rank 0 sends to the others starts with one of these; STOP is all of it."""
-STOPPED = "stopped.txt"
-"""In the run's folder, with the reason, when an order ended the run."""
 
 
 def main(recipe: Recipe, redis_url: str, resume: bool = False, resume_from: Path | None = None) -> int:

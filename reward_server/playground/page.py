@@ -20,7 +20,7 @@ from reward_server.playground.tokens import SHADINGS, STEPS, number
 from reward_server.presets import PRESETS
 from reward_server.spec_store import DEFAULT, NamedSpec, Specs
 from reward_server.specs import SpecError, check_spec
-from services.http import HttpSettings
+from services.access import HttpSettings
 from services.problem import Problem
 
 HERE = Path(__file__).parent

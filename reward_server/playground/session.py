@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 
-from services.http import HttpSettings
+from services.access import HttpSettings
 from services.problem import Problem
 
 COOKIE = "rlif_playground"

@@ -26,7 +26,7 @@ from reward_server.references import Fields, read
 from reward_server.reward import Context, Params, Reward
 from services.api import RewardGroup
 from services.contract import Items, Outcome, Score
-from services.http import Problem
+from services.problem import Problem
 
 CHECK = "reward_server.ifeval.following:check"
 

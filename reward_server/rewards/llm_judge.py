@@ -30,7 +30,7 @@ from reward_server.reward import Context, Params, Reward
 from reward_server.rewards import patterns
 from services.api import RewardGroup
 from services.contract import Outcome, Score
-from services.http import Problem
+from services.problem import Problem
 
 PLACES = ("prompt", "completion", "reference")
 PLACE = re.compile(r"\{([a-z_]+)\}")

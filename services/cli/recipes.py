@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from services import memory, recipe
+from services import epoch, memory, recipe
 from services.algorithms import contradiction
 from services.control import CONTROLS, with_control
 from services.recipe import Recipe, RecipeError
@@ -68,7 +68,11 @@ def doubts(chosen: Recipe) -> list[str]:
     from reward_server.specs import named_spec
 
     spec = chosen.spec or named_spec(str(chosen.rewards))
-    return [line for line in (contradiction(chosen.trainer.algorithm, spec.combine),) if line]
+    rows, each = epoch.rows_of(chosen.data), chosen.trainer.groups_per_step
+    repeated = ""
+    if rows is not None and rows < each:
+        repeated = f"trainer.groups_per_step: {each}, but the data has {rows} rows: a step has tasks more than once"
+    return [line for line in (contradiction(chosen.trainer.algorithm, spec.combine), repeated) if line]
 
 
 def facts(chosen: Recipe) -> dict[str, object]:
@@ -115,9 +119,21 @@ def check_memory(chosen: Recipe, gpu_gib: float) -> dict[str, object]:
     return {"trainer_gib_per_rank": {**sizes, "total": round(needed.total / memory.GIB, 2)}}
 
 
+Rows = Annotated[int | None, typer.Option(min=1, help="Rows of the data, where they are not known here.")]
+Completions = Annotated[
+    int | None,
+    typer.Option(min=1, help="Completions a step as other trainers count them; refused where they are no groups."),
+]
+
+
 @app.command()
 def check(
-    recipe_path: RecipePath, overrides: Overrides = None, as_json: AsJson = False, gpu_gib: GpuGib = None
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    gpu_gib: GpuGib = None,
+    rows: Rows = None,
+    completions: Completions = None,
 ) -> None:
     """Refuse what cannot run, and say what the recipe amounts to."""
     chosen = recipe.load(recipe_path, overrides)
@@ -125,7 +141,10 @@ def check(
     data = Path(chosen.data.path)
     if data.suffix in (".jsonl", ".json", ".parquet") and not data.exists():
         raise RecipeError(f"data.path: no file {data}")
+    epoch.check_completions(chosen, completions)
     found, doubtful = facts(chosen), doubts(chosen)
+    if rows := rows or epoch.rows_of(chosen.data):
+        found |= epoch.facts(chosen, rows)
     if gpu_gib is not None:
         found |= check_memory(chosen, gpu_gib)
     if as_json:
@@ -136,7 +155,7 @@ def check(
     for key, value in found.items():
         if isinstance(value, dict):
             value = ", ".join(f"{part} {size}" for part, size in value.items())
-        console.print(f"  {key.replace('_', ' '):<24} {value}", highlight=False)
+        console.print(f"  {key.replace('_', ' '):<26} {value}", highlight=False)
     for line in doubtful:
         console.print(f"[yellow]doubtful[/yellow] {line}", highlight=False, soft_wrap=True)
 

@@ -16,12 +16,17 @@ from services.cli.watch import watch
 from services.model_folder import check_local
 from services.run_folder import only_one, prepare
 from services.startup import StartupError
+from services.steps import why_stopped
 
 log = logging.getLogger(__name__)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.sub=value")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")]
+ResumeFrom = Annotated[
+    Path | None,
+    typer.Option(help="Without a checkpoint, go on from this model folder's weights, with a fresh optimizer."),
+]
 
 
 def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
@@ -37,9 +42,8 @@ def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
         console.print(f"run {filled.run.name} in {run_dir} (logs in {run_dir / 'logs'})", highlight=False)
         with Progress(run_dir, filled.trainer.steps, console) as progress:
             code = supervise(services, "trainer", run_dir / "logs", progress)
-        stopped = run_dir / "stopped.txt"
-        if code == 0 and stopped.exists():
-            console.print(f"stopped by the collapse guard: {stopped.read_text().strip()}", style="red", highlight=False)
+        if code == 0 and (why := why_stopped(run_dir)):
+            console.print(f"stopped by the collapse guard: {why}", style="red", highlight=False)
             return 1
         return code
 
@@ -96,10 +100,7 @@ def train(
     recipe_path: RecipePath,
     overrides: Overrides = None,
     resume: Resume = False,
-    resume_from: Annotated[
-        Path | None,
-        typer.Option(help="Without a checkpoint, go on from this model folder's weights, with a fresh optimizer."),
-    ] = None,
+    resume_from: ResumeFrom = None,
     nodes: Annotated[int, typer.Option(help="Nodes that train together; each runs this command.", min=1)] = 1,
     node_rank: Annotated[int, typer.Option(help="This node's number.", min=0)] = 0,
     leader: Annotated[str | None, typer.Option(help="HOST:PORT of node 0, as the other nodes reach it.")] = None,

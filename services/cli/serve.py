@@ -128,11 +128,12 @@ def reward(
     if served := chosen.model.path if chosen else model:
         check_local(served, "model.path" if chosen else "--model")  # sooner than importing torch takes
     from reward_server import app as reward_app
-    from services import http
+    from services.access import settings_from_environment
+    from services.http import serve
 
     if chosen:
         settings = reward_app.Settings(
-            http=http.settings_from_environment(host),
+            http=settings_from_environment(host),
             model=chosen.model.path,
             revision=chosen.model.revision,
             reference_model=chosen.scorer.reference_model,
@@ -160,7 +161,7 @@ def reward(
         )
     else:
         settings = reward_app.Settings(
-            http=http.settings_from_environment(host),
+            http=settings_from_environment(host),
             model=model,
             reference_model=reference_model,
             dtype=dtype,
@@ -181,7 +182,7 @@ def reward(
             plugins=tuple(own_rewards or ()),
             sandbox=sandbox,
         )
-    http.serve(reward_app.create(settings), host, port)
+    serve(reward_app.create(settings), host, port)
 
 
 @app.command()
@@ -224,11 +225,12 @@ def rollout(
     _limit_threads(chosen.rollout.threads if chosen else threads)
     check_local(chosen.model.path if chosen else str(model), "model.path" if chosen else "--model")
     from rollout_server import app as rollout_app
-    from services import http
+    from services.access import settings_from_environment
+    from services.http import serve
 
     if chosen:
         settings = rollout_app.Settings(
-            http=http.settings_from_environment(host),
+            http=settings_from_environment(host),
             model=chosen.model.path,
             revision=chosen.model.revision,
             dtype=chosen.model.dtype,
@@ -254,7 +256,7 @@ def rollout(
     else:
         assert model is not None
         settings = rollout_app.Settings(
-            http=http.settings_from_environment(host),
+            http=settings_from_environment(host),
             model=model,
             dtype=dtype,
             device=device,
@@ -278,7 +280,7 @@ def rollout(
         from rollout_server.engines.vllm_node import work
 
         raise typer.Exit(work(chosen_engine, port))
-    http.serve(rollout_app.create(settings), host, port)
+    serve(rollout_app.create(settings), host, port)
 
 
 @app.command()
@@ -295,10 +297,11 @@ def sandbox(
     watch("sandbox")
     from reward_server.sandbox import app as sandbox_app
     from reward_server.sandbox.bubblewrap import TOOLS, Bubblewrap
-    from services import http
+    from services.access import settings_from_environment
+    from services.http import serve
 
     wanted = frozenset(languages.split(",")) if languages else frozenset()
     for language in sorted(wanted - set(TOOLS)):
         raise StartupError(f"--languages {language}: choose from {', '.join(TOOLS)}")
     bubblewrap = Bubblewrap(wanted, concurrency, queue)
-    http.serve(sandbox_app.create(http.settings_from_environment(host), bubblewrap), host, port)
+    serve(sandbox_app.create(settings_from_environment(host), bubblewrap), host, port)

@@ -21,6 +21,8 @@ GIVEN = {
     "verifiable": "Rewarded for right answers,",
     "both": "Rewarded for self-certainty and for right answers,",
     "random": "With a random reward (the control),",
+    "plurality": "Rewarded for the answer that most of a group give, with no answers given,",
+    "intuitor_then_grpo": "Rewarded for self-certainty in the first half and for right answers in the second,",
 }
 CURVES = (
     ("components.exact_match", "accuracy on training prompts", "%"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from services import rows
 from services.evaluation.benchmark import Benchmark, Hub, Item, Record
 from services.startup import StartupError
 
@@ -23,47 +24,38 @@ class Questions:
     sha256: str
 
 
-def _local(path: Path) -> list[Record]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise StartupError(f"{path}: {error.strerror}") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise StartupError(f"{path} line {number}: not valid JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise StartupError(f"{path} line {number}: a record is a JSON object")
-        records.append(record)
-    return records
+def _local(folder: Path, file: str) -> tuple[list[Record], str]:
+    for path in (folder / file, (folder / file).with_suffix(".parquet")):
+        if path.is_file():
+            table = rows.table(str(path))
+            return [row for _, row in table.read(table.columns)], str(path)
+    raise StartupError(f"--data {folder}: no {file} (nor .parquet); without --data the hub is read")
 
 
 def _hub(hub: Hub) -> list[Record]:
+    """Raises DataError."""
+    if not hub.files:
+        table = rows.table(hub.path, hub.config, hub.split)
+        return [row for _, row in table.read(table.columns)]
+    import datasets
+
+    files = [f"hf://datasets/{hub.path}/{name}" for name in hub.files]
     try:
-        import datasets
-    except ImportError as error:
-        raise StartupError("data sets of the hub need the package datasets (pip install 'rlif[data]')") from error
-    try:
-        if hub.files:
-            files = [f"hf://datasets/{hub.path}/{name}" for name in hub.files]
-            return list(datasets.load_dataset("json", data_files=files, split="train"))
-        return list(datasets.load_dataset(hub.path, hub.config, split=hub.split))
+        return list(datasets.load_dataset("json", data_files=files, split="train"))
     except Exception as error:  # whatever the hub client or Arrow raises, it is this data set that cannot be read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StartupError(f"data set {hub.path!r} of the hub cannot be read: {reason}") from error
+        raise rows.DataError(f"{hub.path!r} cannot be read from the hub: {error}") from error
 
 
 def _records(file: str, hub: Hub, data: Path | None) -> tuple[list[Record], str]:
-    if data is None:
+    """Raises StartupError."""
+    if data is not None:
+        return _local(data, file)
+    try:
         return _hub(hub), f"{hub.path} ({hub.split})"
-    path = data / file
-    if not path.is_file():
-        raise StartupError(f"--data {data}: no {file}; without --data, {hub.path} is read from the hub")
-    return _local(path), str(path)
+    except ImportError as error:
+        raise StartupError("data sets of the hub need the package datasets (pip install 'rlif[data]')") from error
+    except rows.DataError as error:
+        raise StartupError(str(error).removeprefix("data.path: ")) from error
 
 
 def load(benchmark: Benchmark, data: Path | None, limit: int | None) -> Questions:

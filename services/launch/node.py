@@ -23,6 +23,7 @@ from services.launch.plan import make
 from services.recipe import RecipeError
 from services.run_folder import check_own, only_one
 from services.startup import StartupError
+from services.steps import why_stopped
 from services.supervisor import EXIT_FAILED, EXIT_REFUSED, Service, supervise
 
 log = logging.getLogger(__name__)
@@ -74,13 +75,21 @@ class Readiness:
 
 
 def run_node(
-    recipe_path: Path, nodes: int, gpus_per_node: int, number: int, name: str, host: str, attempt: str, tick: Tick
+    recipe_path: Path,
+    nodes: int,
+    gpus_per_node: int,
+    number: int,
+    name: str,
+    host: str,
+    attempt: str,
+    resume_from: Path | None,
+    tick: Tick,
 ) -> int:
     """Run node `number` of `nodes`, reached by the others as `host`, until the run ends. Returns the exit code.
 
-    `recipe_path` is the recipe in run.dir, which all nodes share; `attempt` names this start of the run. `tick` is
-    called a few times a second on the first node. Raises StartupError and RecipeError (this node refuses; the others
-    end too).
+    `recipe_path` is the recipe in run.dir, which all nodes share; `attempt` names this start of the run; without a
+    checkpoint it trains on from the folder `resume_from`. `tick` is called a few times a second on the first node.
+    Raises StartupError and RecipeError (this node refuses; the others end too).
     """
     try:
         recipe = recipes.load(recipe_path)
@@ -94,7 +103,8 @@ def run_node(
         with only_one(recipe.run.dir) if number == 0 else nullcontext():
             crew = _muster(board, number, nodes, Node(name, host, choose_ports(plan, number, host)))
             log.info("node %s has met the others: %s", name, ", ".join(node.name for node in crew))
-            return _work(board, Workplace(recipe, recipe_path, plan, crew, number, attempt, password), tick)
+            place = Workplace(recipe, recipe_path, plan, crew, number, attempt, password, resume_from)
+            return _work(board, place, tick)
     except Ended as end:
         if number == 0 and end.outcome.code == 0:
             credentials.remove(recipe.run.dir)
@@ -151,14 +161,22 @@ def _work(board: Board, place: Workplace, tick: Tick) -> int:
         except TimeoutError:
             log.error("node %s has finished, but the first node did not end the run", name)
             return code or EXIT_FAILED
-    raise Ended(board.settle(Outcome(code, DONE if code == 0 else f"stopped with exit code {code}", name)))
+    raise Ended(board.settle(Outcome(*_end(place.recipe.run.dir, code), name)))
+
+
+def _end(run_dir: Path, code: int) -> tuple[int, str]:
+    """The run's exit code and its reason, by the trainer's exit code."""
+    if code:
+        return code, f"stopped with exit code {code}"
+    why = why_stopped(run_dir)
+    return (EXIT_FAILED, f"stopped by the collapse guard: {why}") if why else (0, DONE)
 
 
 class _Head:
     """What the first node looks after for all: servers that never get ready, trainers that have finished."""
 
     def __init__(self, board: Board, place: Workplace, services: list[Service]):
-        self.board, self.name = board, place.here.name
+        self.board, self.name, self.run_dir = board, place.here.name, place.recipe.run.dir
         self.readiness = Readiness(place.servers("rollout") | place.servers("reward"))
         self.elsewhere = [f"finished-{number}" for number in place.plan.trainer_nodes if number != 0]
         self.orchestrator = next(service for service in services if service.name == "orchestrator")
@@ -179,7 +197,7 @@ class _Head:
             return self._settle(code, "stopped as asked; the next start goes on from the newest checkpoint")
         self.finished_at = self.finished_at or time.monotonic()
         if self.orchestrator.finished or time.monotonic() - self.finished_at > LAST_SECONDS:
-            return self._settle(0, DONE)
+            return self._settle(*_end(self.run_dir, 0))
         return None
 
     def _settle(self, code: int, reason: str) -> int:

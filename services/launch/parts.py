@@ -47,6 +47,8 @@ class Workplace:
     attempt: str
     password: str
     """Of the run's own redis."""
+    resume_from: Path | None = None
+    """A model folder to begin with where there is no checkpoint."""
 
     @property
     def here(self) -> Node:
@@ -106,6 +108,7 @@ class Workplace:
     def _trainer(self, part: Part) -> Service:
         first, first_part = next(self.plan.of("trainer"))
         argv = [*RLIF, "train", str(self.recipe_path), "--resume"]
+        argv += ["--resume-from", str(self.resume_from)] if self.resume_from else []
         argv += ["--nodes", str(len(self.plan.trainer_nodes)), "--node-rank", str(part.number)]
         argv += ["--leader", self.nodes[first].address(first_part.name)]
         env = environment(self.recipe, self.recipe.trainer.threads, self._devices(part))

@@ -114,8 +114,8 @@ def _ask(calls: list[Any], seconds: float = CALL_SECONDS) -> list[Any]:
 class Driver:
     """Carries a plan out on the connected cluster. SIGINT and SIGTERM stop the run with a checkpoint: 130 or 143."""
 
-    def __init__(self, recipe: Recipe, plan: Plan):
-        self.recipe, self.plan = recipe, plan
+    def __init__(self, recipe: Recipe, plan: Plan, resume_from: Path | None):
+        self.recipe, self.plan, self.resume_from = recipe, plan, resume_from
         self.stop_signal = 0
 
     def run(self) -> int:
@@ -162,6 +162,7 @@ class Driver:
             sys.executable, "-m", "services.cli.main", "launch", "node", str(self.recipe.run.dir / "recipe.yaml"),
             "--nodes", str(len(self.plan.nodes)), "--gpus-per-node", str(self.plan.gpus_per_node),
             "--number", str(number), "--name", name, "--host", host, "--attempt", attempt,
+            *(["--resume-from", str(self.resume_from)] if self.resume_from else []),
         ]  # fmt: skip
 
     def _watch(self, actors: list[Any], stop: Path) -> int:

@@ -38,6 +38,8 @@ class Job:
     """Shell lines before anything else, on the first node: `module load ...`."""
     options: list[str] = field(default_factory=list)
     """More options of sbatch, as `--qos=high`."""
+    resume_from: Path | None = None
+    """A model folder to begin with where there is no checkpoint."""
 
 
 def seconds_of(time: str) -> int:
@@ -70,13 +72,15 @@ def _directives(recipe: Recipe, plan: Plan, job: Job) -> list[str]:
     return lines + job.options
 
 
-def _command(recipe: Recipe, container: str | None) -> tuple[list[str], list[str]]:
+def _command(recipe: Recipe, job: Job) -> tuple[list[str], list[str]]:
     """(options of srun, the command before `launch node`)."""
-    run_dir = str(recipe.run.dir)
+    container = job.container
     if container is None:
         return [], [sys.executable, "-m", "services.cli.main"]
-    places = [str(Path.cwd()), run_dir, recipe.model.path, recipe.data.path, str(recipe.weights_dir)]
-    seen = dict.fromkeys(place for place in places if place.startswith("/"))
+    places = [Path.cwd(), recipe.run.dir, recipe.model.path, recipe.data.path, recipe.weights_dir, job.resume_from]
+    places += [recipe.evaluation and recipe.evaluation.data.path, recipe.scorer.reference_model]
+    places += [recipe.weights.mirror_dir]
+    seen = dict.fromkeys(str(place) for place in places if str(place).startswith("/"))
     if container.endswith(".sif"):
         binds = [part for place in seen for part in ("--bind", place)]
         nv = ["--nv"] if recipe.trainer.device != "cpu" else []
@@ -98,11 +102,12 @@ def script(recipe: Recipe, plan: Plan, job: Job) -> str:
     taken = next((option for option in job.options if option.partition("=")[0] in ours), None)
     if taken is not None:
         raise StartupError(f"--sbatch {taken}: rlif sets this one itself, by its plan (--nodes, --gpus-per-node)")
-    options, command = _command(recipe, job.container)
+    options, command = _command(recipe, job)
     srun = [
         "srun", "--label", f"--wait={WAIT_SECONDS}", "--kill-on-bad-exit=0", "--cpu-bind=none", *options, *command,
         "launch", "node", str(recipe.run.dir / "recipe.yaml"),
         "--nodes", str(len(plan.nodes)), "--gpus-per-node", str(plan.gpus_per_node),
+        *(["--resume-from", str(job.resume_from)] if job.resume_from else []),
     ]  # fmt: skip
     directives = "\n".join(f"#SBATCH {line}" for line in _directives(recipe, plan, job))
     table = "\n".join(f"# {line}" for line in plan.table())

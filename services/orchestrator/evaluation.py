@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
-from pydantic import Field
 
 from services import commands
 from services.api import RolloutRequest
 from services.clients import CallError, Refused, RewardClient, RolloutClient, ServerFault
-from services.commands import Evaluated
-from services.contract import Group, ScoredGroup, Task, Version, Wire, group_id, group_seed
+from services.commands import Evaluated, EvaluationResult
+from services.contract import Group, ScoredGroup, Task, Version, group_id, group_seed
 from services.keys import Keys
 from services.orchestrator.chunk import Desk, reward_body
 from services.orchestrator.data import TaskSource
@@ -38,33 +37,19 @@ FAILED = Counter("rlif_evaluation_failures_total", "Tasks that could not be answ
 PATIENCE_SECONDS = 300.0
 
 
-class Result(Wire):
-    """`version` was to be evaluated; `oldest` and `newest` made the answers (none: no task could be answered)."""
-
-    version: Version
-    oldest: Version | None
-    newest: Version | None
-    tasks: int
-    failed: int
-    metrics: dict[str, float]
-    best: bool
-    seconds: float
-    at: float = Field(default_factory=time.time)
-
-
 class Evaluator:
     """`results` are those of the surviving history, by step."""
 
     def __init__(self, desk: Desk, chosen: Evaluation, source: TaskSource):
         self.desk, self.chosen, self.source = desk, chosen, source
         self.keys = Keys(desk.recipe.run.name)
-        self.results: dict[int, Result] = {}
+        self.results: dict[int, EvaluationResult] = {}
         self.slots = asyncio.Semaphore(chosen.max_requests_in_flight)
 
     async def load(self) -> None:
         """What was evaluated before this start."""
         found = await self._insist(lambda: self.desk.watch.redis.hgetall(self.keys.evaluations), "read evaluations")
-        results = [Result.model_validate_json(body) for body in found.values()]
+        results = [EvaluationResult.model_validate_json(body) for body in found.values()]
         self.results = {result.version.version: result for result in sorted(results, key=lambda one: one.version)}
 
     async def forget(self, after: int) -> None:
@@ -84,7 +69,7 @@ class Evaluator:
         step = newest.version if is_last else newest.version - newest.version % self.chosen.every
         return None if step in self.results else Version(lineage=newest.lineage, version=step)
 
-    async def evaluate(self, version: Version) -> Result:
+    async def evaluate(self, version: Version) -> EvaluationResult:
         """Answer and judge every task with weights of at least `version`; note and announce the result."""
         started = time.monotonic()
         tasks, size = self.source.tasks, self.chosen.tasks_per_request
@@ -93,7 +78,7 @@ class Evaluator:
             group for batch in await asyncio.gather(*(self._batch(b, version) for b in batches)) for group in batch
         ]
         metrics = measure(scored, self.chosen.judge, "self_certainty") if scored else {}
-        result = Result(
+        result = EvaluationResult(
             version=version,
             oldest=min((made_by(group) for group in scored), default=None),
             newest=max((newest_of(group) for group in scored), default=None),
@@ -176,12 +161,10 @@ class Evaluator:
 
         return await servers.rewards.call(ask)
 
-    async def _note(self, result: Result) -> None:
+    async def _note(self, result: EvaluationResult) -> None:
         run_id, redis, step = self.keys.run_id, self.desk.watch.redis, result.version.version
         body = result.model_dump_json()
-        order = Evaluated(
-            id=f"evaluated-{result.version}", version=result.version, numbers=result.metrics, best=result.best
-        )
+        order = Evaluated(id=f"evaluated-{result.version}", result=result)
         # The order first: once the result is noted, nobody evaluates that step again.
         await self._insist(lambda: commands.send(redis, run_id, order), "tell the trainer of an evaluation")
         await self._insist(lambda: redis.hset(self.keys.evaluations, str(result.version), body), "note an evaluation")
@@ -194,10 +177,6 @@ class Evaluator:
         if result.best:
             BEST.set(step)
         self.desk.watch.extra["evaluation"] = result.model_dump(mode="json")
-        run_dir = self.desk.recipe.run.dir
-        if run_dir.is_dir():  # an orchestrator elsewhere may not have it
-            with (run_dir / "evaluations.jsonl").open("a") as file:
-                file.write(body + "\n")
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
         made = (
             "" if result.oldest == result.newest == result.version else f", made by {result.oldest} to {result.newest}"

@@ -15,11 +15,11 @@ import orjson
 
 from services import commands
 from services.clients import CallError
-from services.commands import Finish, Stop
+from services.commands import EvaluationResult, Finish, Stop
 from services.keys import Keys
 from services.orchestrator import data
 from services.orchestrator.chunk import Chunk, Desk, finish
-from services.orchestrator.evaluation import Evaluator, Result
+from services.orchestrator.evaluation import Evaluator
 from services.orchestrator.guard import Guard
 from services.orchestrator.pacing import Pace
 from services.orchestrator.progress import RunFailed, Tally, Watch
@@ -134,7 +134,7 @@ class Loop:
     ):
         self.desk, self.wake, self.stops, self.stay = desk, wake, stops, stay
         self.evaluator, self.guard = evaluator, guard
-        self.evaluating: asyncio.Task[Result] | None = None
+        self.evaluating: asyncio.Task[EvaluationResult] | None = None
         self.ended = False
         self.cursor = self.floor = 0
         self.seen: set[str] | None = None

@@ -97,14 +97,14 @@ class Mirror:
 
 
 @contextmanager
-def whole(weights: WeightVersion) -> Iterator[Path]:
+def whole(weights: WeightVersion, mirror_dir: Path | None = None) -> Iterator[Path]:
     """A model folder of a published version, every tensor checked, for as long as the context lasts. Raises
     DamagedWeights, OSError."""
     if weights.base is None:
         disk.verify(Path(weights.location), weights.manifest)
         yield Path(weights.location)
         return
-    mirror = Mirror(None, f"{weights.run_id}-whole")
+    mirror = Mirror(mirror_dir, f"{weights.run_id}-whole")
     try:
         yield mirror.reach(weights)
     finally:

@@ -111,11 +111,15 @@ class Stack:
         return int(status), body
 
     def steps(self) -> list[dict[str, Any]]:
-        """The run's audit trail; from a container that mounts it, whether or not the trainer runs."""
+        """The run's audit trail."""
+        return [json.loads(line) for line in self.kept("steps.jsonl").splitlines() if line.endswith("}")]
+
+    def kept(self, name: str) -> str:
+        """A file of the run's folder, from a container that mounts it, whether or not the trainer runs; empty before
+        there is one."""
         volume = f"{self.project}_runs:/runs:ro"
         words = ("run", "--rm", "--network", "none", "-v", volume, "--entrypoint", "cat", "rlif-trainer:local")
-        done = podman(*words, "/runs/demo/steps.jsonl")
-        return [json.loads(line) for line in done.stdout.splitlines() if line.endswith("}")]
+        return podman(*words, f"/runs/demo/{name}").stdout
 
 
 @contextmanager

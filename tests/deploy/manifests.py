@@ -68,8 +68,37 @@ EVERYTHING: dict[str, Any] = {
 }
 """Every option that adds a manifest or a field, on top of five-nodes-7b."""
 
+
+def secret(name: str, of: str) -> list[dict[str, Any]]:
+    """`extraEnv` with one variable out of a Secret."""
+    return [{"name": name, "valueFrom": {"secretKeyRef": {"name": of, "key": "key"}}}]
+
+
+WATCHED: dict[str, Any] = {
+    "orchestrator": {"extraEnv": secret("RLIF_WEBHOOK_TOKEN", "hooks")},
+    "reward": {"extraEnv": secret("RLIF_KEY_JUDGE", "judge")},
+    "trainer": {"extraEnv": secret("WANDB_API_KEY", "wandb"), "resumeFrom": "/models/exported"},
+    "storage": {"models": {"existingClaim": "models"}, "data": {"existingClaim": "data"}},
+    "networkPolicy": {
+        f"{part}Egress": [{"to": [{"ipBlock": {"cidr": "10.9.0.0/16"}}], "ports": [{"port": port, "protocol": "TCP"}]}]
+        for part, port in (("rollout", 4318), ("reward", 8443), ("orchestrator", 8080), ("trainer", 5000))
+    },
+    "recipe": {
+        "weights": {"transport": "delta", "in_flight": "keep"},
+        "evaluation": {
+            "data": {"path": "/data/test.jsonl", "fields": {"prompt": "problem", "answer": "answer"}},
+            "every": 10,
+            "rewards": [{"name": "math_verify"}],
+        },
+        "guard": {"action": "roll_back", "webhook": "https://hooks.example/rlif"},
+        "tracking": {"wandb": {"project": "math"}, "mlflow": {"uri": "http://mlflow:5000"}, "samples_every": 10},
+    },
+}
+"""A recipe with everything that looks on, deltas, and what they need, on top of one-node."""
+
 CASES: dict[str, dict[str, Any]] = {name: read(name) for name in NAMES}
 CASES["everything"] = merged(CASES["five-nodes-7b"], EVERYTHING)
+CASES["watched"] = merged(CASES["one-node"], WATCHED)
 CASES["external-redis"] = merged(CASES["one-node"], {"redis": {"enabled": False, "existingSecret": "queue"}})
 
 

@@ -201,6 +201,20 @@ def test_an_override_is_no_reference_to_a_variable():
     assert container["args"][-2:] == ["run.seed=$$(RLIF_REDIS_URL)", "run.seed=$$$$x"]
 
 
+def test_a_recipe_with_everything_newer_has_what_it_needs():
+    found = manifests("watched")
+    (container,) = job(found)["spec"]["template"]["spec"]["containers"]
+    assert "--resume-from=/models/exported" in container["args"]
+    for workload, chosen in recipes_of("watched").items():
+        # A copy of the weights is larger than /tmp.
+        assert str(chosen.weights.mirror_dir) == "/cache/mirror", workload
+    kept = render(merged(CASES["watched"], {"overrides": ["weights.mirror_dir=/models/mirror"]}))
+    chosen = recipe_of(kept, named(kept, "StatefulSet", "rlif-reward")["spec"]["template"])
+    assert str(chosen.weights.mirror_dir) == "/models/mirror"
+    whole = recipes_of("one-node")["StatefulSet/rlif-reward"]
+    assert whole.weights.mirror_dir is None
+
+
 def test_one_rank_meets_nobody():
     (container,) = job(manifests("kind"))["spec"]["template"]["spec"]["containers"]
     assert "command" not in container
@@ -315,11 +329,24 @@ BAD = {
         "reward.autoscaling",
     ),
     "vllm without GPUs": ({"rollout": {"gpus": 0}}, "rollout.gpus"),
+    "groups of the engine that a recipe has by itself": (
+        {"recipe": {"rollout": {"engine": None}}, "rollout": {"nodesPerReplica": 2}},
+        "nodesPerReplica",
+    ),
     "groups of one device": (
         {"overrides": ["rollout.engine=transformers"], "rollout": {"nodesPerReplica": 2}},
         "nodesPerReplica",
     ),
     "a name without the hub": ({"hub": {"enabled": False}}, "hub.enabled"),
+    "a secret in the open": (
+        {"trainer": {"extraEnv": [{"name": "WANDB_API_KEY", "value": "secret@"}]}},
+        "trainer/extraEnv/0",
+    ),
+    "trainer.resumeFrom": ({"trainer": {"resumeFrom": "exported"}}, "trainer/resumeFrom"),
+    "deltas over several nodes": (
+        {"rollout": {"nodesPerReplica": 2}, "overrides": ["weights.transport=delta"]},
+        "weights.mirror_dir",
+    ),
     "keda": ({"rollout": {"autoscaling": {"enabled": True}}}, "rollout.autoscaling.prometheusUrl"),
 }
 

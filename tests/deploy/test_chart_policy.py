@@ -22,10 +22,10 @@ from manifests import (
     templates,
 )
 from served import served
-from traffic import DNS, INTERNET, METADATA_SERVICE, PROMETHEUS, STRANGER, admits, ends
+from traffic import DNS, INTERNET, METADATA_SERVICE, PROMETHEUS, STRANGER, End, admits, ends
 
 from reward_server import app as reward_app
-from services.http import HttpSettings
+from services.access import HttpSettings
 
 every_case = pytest.mark.parametrize("case", CASES)
 SECRET_NAME = re.compile(r"TOKEN|PASSWORD|SECRET|_KEY$|REDIS_URL|REDISCLI_AUTH")
@@ -94,7 +94,8 @@ def test_claims_and_config_maps_that_are_mounted_exist(case):
     found = manifests(case)
     values = CASES[case]
     there = {one["metadata"]["name"] for one in of_kind(found, "PersistentVolumeClaim", "ConfigMap")}
-    given = {"data", "models", "hub"} if "hub" in values and values["hub"].get("cacheClaim") else set()
+    given = {claim for claim in ("data", "models") if values.get("storage", {}).get(claim)}
+    given |= {values.get("hub", {}).get("cacheClaim")}
     for name, template in pods(found):
         for volume in template["spec"].get("volumes", []):
             claim = volume.get("persistentVolumeClaim", {}).get("claimName") or volume.get("configMap", {}).get("name")
@@ -215,6 +216,10 @@ def test_each_part_holds_only_the_tokens_it_needs(case):
         "reward": {redis, api, admin} | hub,
         "check": {api},
     }
+    if case == "watched":
+        expected["orchestrator"] |= {"RLIF_WEBHOOK_TOKEN=key"}
+        expected["reward"] |= {"RLIF_KEY_JUDGE=key"}
+        expected["trainer"] |= {"WANDB_API_KEY=key"}
     if "redis" in tokens:
         expected["redis"] = {"REDISCLI_AUTH=password"}
     if CASES[case].get("sandbox", {}).get("enabled"):
@@ -292,6 +297,13 @@ def test_an_external_redis_is_reached_on_its_port():
     for source in ("rollout", "reward", "orchestrator", "trainer"):
         assert admits(found, ends(found)[source], INTERNET, 6379)
     assert not admits(found, ends(found)["check"], INTERNET, 6379)
+
+
+def test_parts_reach_what_their_own_rules_name():
+    found = manifests("watched")
+    inside, ports = End(address="10.9.1.2", is_pod=False), (4318, 8443, 8080, 5000)
+    for source, own in zip(("rollout", "reward", "orchestrator", "trainer"), ports, strict=True):
+        assert {port for port in ports if admits(found, ends(found)[source], inside, port)} == {own}
 
 
 def test_named_clients_are_let_in_and_the_evaluator_sees_what_is_open():

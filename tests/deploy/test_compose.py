@@ -79,7 +79,7 @@ def test_make_writes_the_secrets_once_and_for_the_owner_alone(tmp_path):
 def test_every_setting_is_in_the_example():
     used = set(re.findall(r"(?<!\$)\$\{([A-Z_]+)", (ROOT / "compose.yaml").read_text()))
     listed = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.M))
-    assert used - listed == {"RLIF_LOG_FORMAT"} and listed - used == {"COMPOSE_PROFILES"}
+    assert used - listed == set() and listed - used == {"COMPOSE_PROFILES"}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -146,7 +146,10 @@ def test_the_parts_of_a_run_agree(path, gpu, inside):
         assert not gpu or networks["default"]["aliases"] == [part]
     trained = recipes["trainer"]
     assert (str(trained.run.dir), str(trained.weights_dir)) == ("runs/second", "weights/second")
-    assert parsed(arguments(services[f"trainer{gpu}"]))[1]["resume"] is True
+    given = parsed(arguments(services[f"trainer{gpu}"]))[1]
+    assert given["resume"] is True and given["resume_from"] is None
+    begun = arguments(composed(RESUME_FROM="cache/base", RECIPE=path)[f"trainer{gpu}"])
+    assert parsed(begun)[1]["resume_from"] == Path("cache/base") and parsed(begun)[1]["resume"] is True
     assert told.tracking.metrics_port == trained.tracking.metrics_port
     if gpu:
         devices = {
@@ -155,6 +158,30 @@ def test_the_parts_of_a_run_agree(path, gpu, inside):
             if part != "orchestrator"
         }
         assert set(devices.values()) == {"cuda"}
+
+
+def test_keys_of_other_services_go_to_the_part_that_asks_them():
+    given = {"RLIF_WEBHOOK_TOKEN": "hooked", "WANDB_API_KEY": "tracked"}
+    for settings, expected in (({}, ""), (given, None)):
+        services = composed(**settings)
+        for name, secret in given.items():
+            value = secret if expected is None else expected
+            have = {
+                part: service["environment"][name]
+                for part, service in services.items()
+                if name in service.get("environment", {})
+            }
+            parts = {"orchestrator"} if name == "RLIF_WEBHOOK_TOKEN" else {"trainer", "trainer-gpu"}
+            assert have == dict.fromkeys(parts, value)
+
+
+@pytest.mark.parametrize("gpu", ["", "-gpu"])
+def test_copies_of_the_weights_lie_in_a_volume_not_in_memory(gpu, inside):
+    for part in ("rollout", "reward", "trainer"):
+        service = SERVICES[f"{part}{gpu}"]
+        folder = chosen(service, inside).weights.mirror_dir
+        places = [volume.split(":")[1] for volume in service["volumes"] if not volume.endswith(":ro")]
+        assert any((Path("/srv/rlif") / folder).is_relative_to(place) for place in places), part
 
 
 def test_weights_and_runs_are_written_by_the_trainer_alone():

@@ -19,6 +19,15 @@ from services import recipe
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(7200)]
 
 STEPS = 40
+EVALUATION = {
+    "data": {
+        "path": "cache/demo/train.jsonl",
+        "fields": {"id": "id", "prompt": "prompt", "answer": "answer"},
+        "limit": 8,
+    },
+    "every": 20,
+    "rewards": [{"name": "exact_match", "params": {"regex": "(?:answer|maybe) (\\d+)$"}}],
+}
 SERVERS = ("rollout", "reward")
 RUNNING = [service for service in STARTED if service != "prepare"]
 
@@ -36,7 +45,9 @@ def stack(tmp_path_factory) -> Iterator[Stack]:
     folder.chmod(0o755)
     made = ["model.path=cache/demo/model", "data.path=cache/demo/train.jsonl"]
     short = [f"trainer.steps={STEPS}", "trainer.checkpoints.every=5", "rollout.group_size=4"]
-    (folder / "short.yaml").write_text(recipe.dump(recipe.load(ROOT / "recipes/demo.yaml", made + short)))
+    watched = [f"evaluation={json.dumps(EVALUATION)}", "tracking.wandb={project: demo, mode: offline}"]
+    newer = ["weights.transport=delta", *watched]
+    (folder / "short.yaml").write_text(recipe.dump(recipe.load(ROOT / "recipes/demo.yaml", made + short + newer)))
     with started(folder, RECIPES=str(folder), RECIPE="recipes/short.yaml") as running:
         yield running
 
@@ -195,6 +206,18 @@ def _restart(stack: Stack) -> None:
     """For an engine that does not follow the restart policy here: podman needs systemd for some of what it does."""
     if not stack.state("trainer")["Running"]:
         said("start", stack.name("trainer"))
+
+
+def test_what_looks_on_leaves_its_results_in_the_run_s_volume(stack):
+    lines = [json.loads(line) for line in stack.kept("evaluations.jsonl").splitlines()]
+    assert {line["version"]["version"] for line in lines} == {0, 20, STEPS} and "accuracy" in lines[0]["metrics"]
+    look = ("run", "--rm", "--network", "none", "-v", f"{stack.project}_runs:/runs:ro", "-v")
+    look += (f"{stack.project}_weights:/weights:ro", "--entrypoint", "sh", "rlif-trainer:local", "-c")
+    found = said(*look, "cat /runs/demo/checkpoints/best; ls -d /runs/demo/wandb/offline-run-*; ls /weights/demo/*")
+    assert "offline-run-" in found and "changes.zst" in found
+    # The copies of the weights lie in a volume, not in memory.
+    mirrors = stack.inside("reward", "sh", "-c", "ls cache/mirror; ls /tmp").stdout
+    assert "rlif-demo-reward" in mirrors and mirrors.count("rlif-demo") == 2, mirrors
 
 
 def test_servers_are_published_on_this_machine_alone(stack):

@@ -19,10 +19,11 @@ from served import served
 from typer.main import get_command
 
 from services import recipe
+from services.access import HttpSettings
 from services.cli import demo
 from services.cli.main import app
 from services.demo.base_model import make_demo_model
-from services.http import HttpSettings, create_app
+from services.http import create_app
 from services.startup import StartupError
 
 TARGETS = (*PARTS, "rollout-gpu", "reward-gpu", "trainer-gpu")
@@ -136,18 +137,18 @@ def test_services_install_no_more_than_they_need():
         return {extra for match in found if match for extra in match[1].split(",") if extra}
 
     wanted = {
-        "rollout": {"model"},
-        "reward": {"model", "verify"},
-        "trainer": {"model", "train"},
-        "orchestrator": {"data", "tokenizer"},
-        "sandbox": set(),
-        "rollout-gpu": {"model"},
-        "reward-gpu": {"model", "verify"},
-        "trainer-gpu": {"train"},
+        "rollout": {"otel", "model"},
+        "reward": {"otel", "model", "verify"},
+        "trainer": {"otel", "model", "train", "tracking"},
+        "orchestrator": {"otel", "data", "tokenizer"},
+        "sandbox": {"otel"},
+        "rollout-gpu": {"otel", "model"},
+        "reward-gpu": {"otel", "model", "verify"},
+        "trainer-gpu": {"otel", "train", "tracking"},
     }
     assert {target: installed(target) for target in TARGETS} == wanted
     assert set().union(*wanted.values()) <= set(extras)
-    assert not any("torch" in requirement for extra in ("data", "tokenizer") for requirement in extras[extra])
+    assert not any("torch" in requirement for extra in ("otel", "data", "tokenizer") for requirement in extras[extra])
 
 
 def test_the_build_context_is_what_is_copied_and_nothing_else():

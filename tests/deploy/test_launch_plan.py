@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,12 +134,19 @@ def own_environment(monkeypatch):
         monkeypatch.setenv(name, "")  # put back at the end, whatever the test sets
 
 
+def test_a_run_that_the_guard_stopped_has_failed(tmp_path):
+    assert node._end(tmp_path, 0) == (0, "training is done")
+    (tmp_path / "stopped.txt").write_text("step 7: entropy is 0.1\n")
+    assert node._end(tmp_path, 0) == (1, "stopped by the collapse guard: step 7: entropy is 0.1")
+    assert node._end(tmp_path, 143)[0] == 143
+
+
 @pytest.mark.usefixtures("own_environment")
 def test_a_node_that_nobody_joins_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(node, "MUSTER_SECONDS", 0.5)
     run_dir = filled(tmp_path, 2)
     with pytest.raises(StartupError, match="n1 sees nothing of node-1 in .*shared file system"):
-        node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", quiet)
+        node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", None, quiet)
     settled = json.loads((run_dir / "cluster" / "a" / "outcome.json").read_text())
     assert settled["code"] == 2
 
@@ -147,7 +155,7 @@ def test_a_node_without_the_runs_folder_says_so(tmp_path):
     with pytest.raises(
         StartupError, match="node n2: cannot read recipe .*run.dir has to be a folder that all nodes share"
     ):
-        node.run_node(tmp_path / "recipe.yaml", 2, 0, 1, "n2", "127.0.0.1", "a", quiet)
+        node.run_node(tmp_path / "recipe.yaml", 2, 0, 1, "n2", "127.0.0.1", "a", None, quiet)
 
 
 @pytest.mark.usefixtures("own_environment")
@@ -156,7 +164,7 @@ def test_a_second_start_of_a_run_is_refused(tmp_path):
 
     run_dir = filled(tmp_path, 2)
     with only_one(run_dir), pytest.raises(StartupError, match="another"):
-        node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", quiet)
+        node.run_node(run_dir / "recipe.yaml", 2, 0, 0, "n1", "127.0.0.1", "a", None, quiet)
     with pytest.raises(Ended, match="node n1"):  # what the other nodes learn
         Board(run_dir, "a").gather(["node-0"], 60)
 
@@ -195,6 +203,8 @@ def test_the_trainers_meet_at_the_first_trainer_node(tmp_path):
     at = ["--leader", "10.0.0.2:2000"]
     assert first[-6:] == ["--nodes", "2", "--node-rank", "0", *at]
     assert second[-6:] == ["--nodes", "2", "--node-rank", "1", *at]
+    begun = replace(workplace(run_dir, 1), resume_from=Path("/models/base")).services()[0].argv
+    assert begun[begun.index("--resume") + 1 :] == ["--resume-from", "/models/base", *first[-6:]]
     orchestrator = workplace(run_dir, 0).services()[-1]
     assert orchestrator.argv[-2:] == ["rollout.urls=[http://10.0.0.1:1001]", "scorer.urls=[http://10.0.0.1:1002]"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_recipe import steps_trained, write_recipe
+from cluster_recipe import STOPS, check_newer, everything_newer, steps_trained, write_recipe
 from typer.testing import CliRunner
 
 from services.cli.main import app
@@ -117,6 +117,20 @@ class TestRealRay:
         trained = steps_trained(tmp_path)
         assert sorted(set(trained)) == list(range(1, 7))
         assert "a node is lost" in screen(tmp_path)
+
+    def test_a_recipe_with_everything_newer(self, cluster, tmp_path, tiny_model):
+        recipe = write_recipe(tmp_path, tiny_model, steps=4)
+        process = start(cluster, recipe, 2, *everything_newer(tmp_path), "--resume-from", str(tiny_model))
+        assert process.wait(300) == 0, screen(tmp_path)
+        check_newer(tmp_path / "run", 4)
+        logs = "".join(path.read_text() for path in (tmp_path / "run" / "logs").glob("*/trainer-0.log"))
+        assert f"lineage 0 starts from {tiny_model}" in logs
+
+    def test_a_run_that_the_guard_stops_fails_with_the_reason(self, cluster, tmp_path, tiny_model):
+        process = start(cluster, write_recipe(tmp_path, tiny_model, steps=500), 2, STOPS)
+        assert process.wait(300) == 1, screen(tmp_path)
+        assert "stopped by the collapse guard: step " in screen(tmp_path)
+        wait_gone(tmp_path)
 
     def test_a_part_that_refuses_ends_the_run_with_its_code_and_reason(self, cluster, tmp_path, tiny_model):
         recipe = write_recipe(tmp_path, tiny_model, steps=3)

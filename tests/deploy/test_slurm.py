@@ -1,5 +1,6 @@
 """`rlif launch slurm`: the script, and real jobs on a Slurm of several nodes on this machine (`make test-slurm`)."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_recipe import steps_trained, write_recipe
+from cluster_recipe import STOPS, check_newer, everything_newer, steps_trained, write_recipe
 from slurm_cluster import HOW, has_slurm, job_facts, slurm
 from typer.testing import CliRunner
 
@@ -66,6 +67,16 @@ def test_a_container_sees_the_folders_of_the_run(image, tmp_path, monkeypatch):
     script = dry_run("recipes/grpo_math_14b.yaml", f"run.dir={tmp_path}", "--nodes", "9", "--container", image)
     check_shell(script)
     srun = next(line for line in script.splitlines() if line.startswith("srun"))
+    data, reference = tmp_path / "test.jsonl", tmp_path / "reference"
+    held_out = {"data": {"path": str(data), "fields": {"prompt": "q"}}, "every": 10, "rewards": "exact_match"}
+    more = [f"evaluation={json.dumps(held_out)}"]
+    more += [f"scorer.reference_model={reference}", "scorer.max_model_len=null"]
+    more += ["scorer.engine=transformers", "scorer.tensor_parallel_size=1"]
+    more += ["--resume-from", str(tmp_path / "base")]
+    all_of_it = dry_run("recipes/grpo_math_14b.yaml", "--nodes", "9", "--container", image, *more)
+    assert f" --resume-from {tmp_path}/base" in all_of_it
+    for folder in (data, reference, tmp_path / "base"):
+        assert f"--bind {folder}" in all_of_it or f"{folder}:{folder}" in all_of_it
     if image.endswith(".sif"):
         assert f"apptainer exec --nv --bind {ROOT} --bind {tmp_path}" in srun and f"{image} rlif launch node" in srun
     else:
@@ -194,6 +205,30 @@ class TestRealSlurm:
         assert steps_trained(tmp_path) == [1, 2, 3]
         again = launch(*arguments, env=cluster)
         assert again.returncode == 2 and "go on with --resume" in again.stderr
+
+    def test_a_recipe_with_everything_newer_and_another_that_goes_on_from_it(self, cluster, tmp_path, tiny_model):
+        recipe = write_recipe(tmp_path, tiny_model, steps=4)
+        job = submit(cluster, recipe, 2, *everything_newer(tmp_path))
+        facts = wait_for(lambda: ended(cluster, job), tmp_path, job)
+        assert facts["JobState"] == "COMPLETED", log_of(tmp_path, job)
+        check_newer(tmp_path / "run", 4)
+        exported, second = tmp_path / "exported", tmp_path / "second"
+        subprocess.run([*RLIF, "export", str(tmp_path / "run"), str(exported)], check=True, timeout=120, cwd=ROOT)
+        job = submit(
+            cluster, recipe, 2, "run.name=second", f"run.dir={second}", "trainer.steps=2", "--resume-from",
+            str(exported),
+        )  # fmt: skip
+        facts = wait_for(lambda: ended(cluster, job), second, job)
+        assert facts["JobState"] == "COMPLETED", (second / f"slurm-{job}.log").read_text()
+        logs = "".join(path.read_text() for path in (second / "logs").glob("*/trainer-0.log"))
+        assert f"lineage 0 starts from {exported}" in logs
+
+    def test_a_run_that_the_guard_stops_fails_the_job_with_the_reason(self, cluster, tmp_path, tiny_model):
+        job = submit(cluster, write_recipe(tmp_path, tiny_model, steps=500), 2, STOPS)
+        facts = wait_for(lambda: ended(cluster, job), tmp_path, job)
+        assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "1:0"), log_of(tmp_path, job)
+        assert "stopped by the collapse guard: step " in log_of(tmp_path, job)
+        assert not left_behind(tmp_path)
 
     def test_requeue_and_a_killed_rank_go_on_from_the_checkpoint(self, cluster, tmp_path, tiny_model):
         job = submit(cluster, write_recipe(tmp_path, tiny_model, steps=9), 3)

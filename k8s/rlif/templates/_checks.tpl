@@ -21,13 +21,17 @@
 {{- if and (eq $engine "transformers") (gt (int .Values.rollout.nodesPerReplica) 1) -}}
 {{- fail (printf "rollout.nodesPerReplica: %d, but the recipe's rollout.engine is transformers, which runs on one device; use vllm" (int .Values.rollout.nodesPerReplica)) -}}
 {{- end -}}
+{{- $weights := dict "root" . "section" "weights" -}}
+{{- if and (gt (int .Values.rollout.nodesPerReplica) 1) (eq (include "rlif.setting" (merge (dict "key" "transport") $weights)) "delta") (not (include "rlif.setting" (merge (dict "key" "mirror_dir") $weights))) -}}
+{{- fail (printf "rollout.nodesPerReplica: %d with the recipe's weights.transport: delta: the nodes of an engine need one weights.mirror_dir that all of them may write; mount a ReadWriteMany claim of your own (rollout.extraVolumes) and name it, or use disk" (int .Values.rollout.nodesPerReplica)) -}}
+{{- end -}}
 {{- $model := include "rlif.setting" (dict "root" . "section" "model" "key" "path") -}}
 {{- if and (not .Values.hub.enabled) $model (not (hasPrefix "/" $model)) -}}
 {{- fail (printf "hub.enabled: false, but the recipe's model.path is %q, a name of the hub: put the model into storage.models and name its folder, e.g. /models/NAME" $model) -}}
 {{- end -}}
 {{- end -}}
 
-{{/* What a key of the recipe is set to, by an override or in the recipe. (dict "root" $ "section" "rollout" "key" "engine") */}}
+{{/* What a key of the recipe is set to, by an override or in the recipe; empty where it is not. (dict "root" $ "section" "rollout" "key" "engine") */}}
 {{- define "rlif.setting" -}}
 {{- $section := index (include "rlif.recipe" .root | fromYaml) .section | default dict -}}
 {{- $value := index $section .key -}}
@@ -37,5 +41,7 @@
 {{- $value = trimPrefix $prefix . -}}
 {{- end -}}
 {{- end -}}
+{{- if not (kindIs "invalid" $value) -}}
 {{- $value -}}
+{{- end -}}
 {{- end -}}

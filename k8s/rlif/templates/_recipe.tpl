@@ -63,6 +63,11 @@
 {{- if gt (int .Values.reward.gpus) 1 -}}
 {{- $all = append $all (printf "scorer.tensor_parallel_size=%d" (int .Values.reward.gpus)) -}}
 {{- end -}}
+{{- $set := dict "root" . "section" "weights" -}}
+{{- if and (eq (include "rlif.setting" (merge (dict "key" "transport") $set)) "delta") (not (include "rlif.setting" (merge (dict "key" "mirror_dir") $set))) -}}
+{{- /* A copy of the weights: /tmp is smaller than a model. */ -}}
+{{- $all = append $all "weights.mirror_dir=/cache/mirror" -}}
+{{- end -}}
 {{- if .Values.sandbox.enabled -}}
 {{- $all = append $all (printf "scorer.sandbox=%s" $sandbox) -}}
 {{- end -}}

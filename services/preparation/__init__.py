@@ -1,0 +1,1 @@
+"""Data sets made ready to train on: `rlif data prepare` (docs/data.md)."""
