@@ -12,7 +12,7 @@ import pytest
 from services.evaluation import sources
 from services.evaluation.benchmark import Hub, Item
 from services.evaluation.identity import checksum
-from services.evaluation.protocol import PRESETS, asked
+from services.evaluation.protocol import PRESETS, asked, described
 from services.evaluation.tasks import BENCHMARKS, alpaca_eval, cruxeval_o, livecodebench, mmlu_pro
 from services.prompts import named
 from services.startup import StartupError
@@ -52,13 +52,19 @@ def test_math500_is_the_same_from_either_copy():
     assert only("math500", bare) == only("math500", asked_for)
 
 
+def test_a_protocol_says_where_it_departs_from_its_preset():
+    assert described(PRESETS["paper"]) == "paper"
+    changed = PRESETS["paper"].model_copy(update={"temperature": 0.9, "samples": 8})
+    assert described(changed) == "paper with temperature 0.9, samples 8"
+
+
 def test_keys_name_what_decides_an_answer_and_nothing_else():
     item, benchmark = only("gsm8k", GSM8K), BENCHMARKS["gsm8k"]
     drawn = PRESETS["open_r1"].model_copy(update={"samples": 2, "seeds": [0, 1]})
     keys = [one.key for one in asked(benchmark, [item], drawn, "m")]
     seeds = {one.sampling.seed for one in asked(benchmark, [item], drawn, "m")}
     assert len(set(keys)) == len(seeds) == 4
-    more = drawn.model_copy(update={"samples": 3, "preset": "mine"})
+    more = drawn.model_copy(update={"samples": 3, "preset": "paper"})
     assert set(keys) < {one.key for one in asked(benchmark, [item], more, "m")}
     for change in ({"temperature": 0.7}, {"max_tokens": 9}, {"prompt": None}, {"plain": True}):
         changed = drawn.model_copy(update=change)

@@ -38,6 +38,13 @@ PRESETS = {
 }
 
 
+def described(protocol: Protocol) -> str:
+    """The preset, and in what it was departed from."""
+    base = PRESETS[protocol.preset].model_dump()
+    changes = [f"{name} {value}" for name, value in protocol.model_dump().items() if value != base[name]]
+    return protocol.preset + (f" with {', '.join(changes)}" if changes else "")
+
+
 @dataclass(frozen=True)
 class Asked:
     """One answer to be had. `key` names it in the ledger: whatever decides the answer is in it, and nothing else."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from services.evaluation import paper
+from services.evaluation.protocol import described
 from services.evaluation.results import Figure, ItemValue, Results, TaskFigures
 from services.evaluation.tasks import BENCHMARKS
 from services.startup import StartupError
@@ -67,7 +68,7 @@ def table(results: Results) -> Table:
         "tokens": [_number(task.length, 0) for task in tasks],
         "stopped": [_number(task.stopped, 1, 100) for task in tasks],
     }
-    shown = Table(title=f"{results.model}, protocol {results.protocol.preset}", title_justify="left")
+    shown = Table(title=f"{results.model}, protocol {described(results.protocol)}", title_justify="left")
     shown.add_column("task")
     told = {name: cells for name, cells in columns.items() if any(cells)}
     for name in told:
