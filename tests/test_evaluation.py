@@ -121,33 +121,35 @@ def rows(folder: Path) -> list[dict]:
 
 def test_figures_of_known_answers(tmp_path, known, reward_url):
     server, url = known
-    problems(tmp_path / "data", 4)
+    problems(tmp_path / "data", 5)
     protocol = DRAWN.model_copy(update={"samples": 4, "seeds": [0, 1]})
     items = load(BENCHMARKS["gsm8k"], tmp_path / "data", None).items
-    # Right answers of four: by item, for seed 0 and for seed 1. The last item's second seed is refused altogether.
-    right = {0: (4, 3), 1: (0, 1), 2: (2, 2), 3: (3, None)}
+    # Right answers of four: by item, for seed 0 and for seed 1. Item 3's second seed is refused
+    # altogether, and nothing is answered to item 4.
+    right = {0: (4, 3), 1: (0, 1), 2: (2, 2), 3: (3, None), 4: (0, 0)}
     for number, item in enumerate(items):
         for one in asked(BENCHMARKS["gsm8k"], [item], protocol, ""):
             count = right[number][one.seed]
             if count is not None:
                 # Wrong ones differ from each other, so that two right of four are the plurality.
                 said = str(number + 1) if one.sample < count else f"9{one.sample}"
-                server.texts[one.sampling.seed] = f"so \\boxed{{{said}}}"
+                server.texts[one.sampling.seed] = "no idea" if number == 4 else f"so \\boxed{{{said}}}"
     results = evaluate("gsm8k", protocol, tmp_path / "out", url=url, reward_url=reward_url, data=tmp_path / "data")
     (task,) = results.tasks
-    values = [7 / 8, 1 / 8, 4 / 8, 3 / 4]
-    assert task.value.value == pytest.approx(sum(values) / 4) and task.value.items == task.items == 4
+    values = [7 / 8, 1 / 8, 4 / 8, 3 / 4, 0.0]
+    assert task.value.value == pytest.approx(sum(values) / 5) and task.value.items == task.items == 5
     assert task.value.low < task.value.value < task.value.high
-    assert task.failed == {"unanswered": 4} and task.at_least == pytest.approx((7 + 1 + 4 + 3) / 32)
-    assert task.by_seed == {"0": pytest.approx(9 / 16), "1": pytest.approx(6 / 12)}
+    assert task.failed == {"unanswered": 4} and task.at_least == pytest.approx((7 + 1 + 4 + 3) / 40)
+    assert task.by_seed == {"0": pytest.approx(9 / 20), "1": pytest.approx(6 / 16)}
     by_item = [[pass_at_k(4, c, 2) for c in counts if c is not None] for counts in right.values()]
-    assert task.pass_at["2"].value == pytest.approx(sum(sum(one) / len(one) for one in by_item) / 4)
+    assert task.pass_at["2"].value == pytest.approx(sum(sum(one) / len(one) for one in by_item) / 5)
     assert task.pass_at["1"].value == task.value.value and set(task.pass_at) == {"1", "2", "4"}
     # Item 1: nobody wins alone, all four answers tie: one in four is right with seed 1, none with seed 0.
-    assert task.majority.value == pytest.approx((1 + (0 + 1 / 4) / 2 + 1 + 1) / 4)
+    # Item 4: nobody wins, which is wrong.
+    assert task.majority.value == pytest.approx((1 + (0 + 1 / 4) / 2 + 1 + 1 + 0) / 5)
     assert task.stopped == 1.0 and task.length is None and task.certainty is None
     _, values_kept = report.read(tmp_path / "out")
-    assert [(one.value, one.answers) for one in values_kept] == list(zip(values, [8, 8, 8, 4], strict=True))
+    assert [(one.value, one.answers) for one in values_kept] == list(zip(values, [8, 8, 8, 4, 8], strict=True))
     assert {call["model"] for call in server.calls} == {"known"} and server.calls[0]["temperature"] == 0.6
     assert server.calls[0]["messages"][0]["role"] == "system"
 
