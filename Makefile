@@ -6,10 +6,10 @@ REWARD ?= self_certainty
 SEED ?= 0
 BIN := $(VENV)/bin
 # Tests that need no other engine than this machine has after setup. (Exit code 5: pytest found none to run.)
-HERE := not containers and not slurm and not ray and not nodes and not faults
+HERE := not containers and not slurm and not ray and not nodes and not faults and not recipes
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test test-fast test-containers test-nodes faults test-slurm test-ray lint format demo demo-all clean
+.PHONY: help setup test test-fast test-containers test-nodes faults test-slurm test-ray test-recipes lint format demo demo-all clean
 
 help: ## Show this list.
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -72,6 +72,9 @@ test-slurm: $(VENV)/.setup ## Run jobs on a real Slurm of three nodes on this ma
 test-ray: $(VENV)/.setup ## Run on a real Ray cluster of two nodes on this machine (brings ray).
 	@$(PIP) install -q -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest -m ray tests/deploy/test_ray.py $(ARGS)
+
+test-recipes: $(VENV)/.setup ## Train the code recipe on made contests: prepare, rollouts, sandboxed tests (a minute).
+	$(BIN)/python -m pytest -m recipes $(ARGS)
 
 lint: $(VENV)/.setup ## ruff, mypy, import rules.
 	$(BIN)/ruff check .

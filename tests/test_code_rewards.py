@@ -23,6 +23,7 @@ from reward_server.workers import Turn, WorkerPool
 from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.contract import Reference, Task, TestCase
+from services.http import Problem
 from services.startup import StartupError
 
 pytestmark = pytest.mark.alone
@@ -132,6 +133,27 @@ async def test_the_share_of_tests_passed(sandbox):
     assert told(every) == [(1.0, "correct"), (0.0, "wrong")]
     first = await score(code_tests, group_of(texts[1], tests=TESTS), sandbox, max_cases=2)
     assert told(first) == [(1.0, "correct")] and first[0].detail == "2 of 2 passed"
+
+
+async def test_tests_that_are_calls_of_a_function(sandbox):
+    body = "print('noise'); return [a + b for a in xs]"
+    texts = [
+        f"```python\ndef shift(xs, b): {body}\n```",
+        f"```python\nclass Solution:\n  def shift(self, xs: List[int], b: int) -> List[int]:\n    {body}\n```",
+        "```python\ndef shift(xs, b): return tuple(xs)\n```",
+        "```python\ndef shift(xs, b): print('[1, 2]')\n```",
+        "```python\ndef other(xs, b): return xs\n```",
+    ]
+    tests = [TestCase(input="[1, 2]\n0", output="[1, 2]"), TestCase(input="[]\n5\n", output="[]")]
+    tests.append(TestCase(input="[1]\n2", output="[3]"))
+    found = await score(code_tests, group_of(*texts, tests=tests, fn_name="shift"), sandbox)
+    assert told(found)[:2] == [(1.0, "correct")] * 2
+    assert found[2].detail == "2 of 3 passed; test 2: wrong output"
+    assert told(found)[3:] == [(0.0, "wrong")] * 2 and "KeyError: 'shift'" in found[4].detail
+    for name, language in (("os.system", "python"), ("shift", "cpp")):
+        with pytest.raises(Problem) as refused:
+            await score(code_tests, group_of(texts[0], tests=tests, fn_name=name), sandbox, language=language)
+        assert refused.value.field == "groups[0].task.reference.fn_name"
 
 
 async def test_cpp_programs_and_tolerance(sandbox):

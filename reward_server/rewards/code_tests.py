@@ -6,6 +6,10 @@ every test of `reference.tests` ({"input", "output"}, the first `max_cases` of t
 test is passed when the program ends with exit code 0 and its whole output agrees with the expected one, token by token
 (`reward_server.sandbox.compare`).
 
+With `reference.fn_name` (Python; as APPS, TACO and LiveCodeBench have it) a test is a call instead: the input is one
+JSON argument a line, for that function, or method of `class Solution`, and what it returns is compared as JSON. What
+the program prints itself does not count then.
+
 The value is the share of tests passed, or, with `reward: all`, 1 only when every one is. What the program itself does
 wrong fails that one test and no other: a crash, too much time, memory or output (more than 64 KiB and four times the
 expected output). (After three tests over their time the others count as over it, too, and are not run.) A program that
@@ -19,15 +23,17 @@ the program, `error` when the sandbox fails.
 import asyncio
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from reward_server.references import Fields, read
 from reward_server.reward import Context, Params, Reward
 from reward_server.sandbox.compare import same_output
 from reward_server.sandbox.provider import FAULTS, Case, CaseResult, Language, Limits, Program
 from services.api import RewardGroup
 from services.contract import Outcome, Score
+from services.http import Problem
 
 FENCE = re.compile(r"[ \t]{0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)")
 MARKS: dict[Language, frozenset[str]] = {
@@ -36,9 +42,24 @@ MARKS: dict[Language, frozenset[str]] = {
 }
 
 
+BEFORE = """import sys as _sys
+_out, _sys.stdout = _sys.stdout, _sys.stderr
+from typing import *
+"""
+"""Programs that complete a starter code take the names of its annotations for granted."""
+AFTER = """
+import json as _json
+_function = getattr(Solution(), {name!r}) if "Solution" in globals() else globals()[{name!r}]
+_returned = _function(*(_json.loads(_line) for _line in _sys.stdin.read().splitlines() if _line.strip()))
+print(_json.dumps(_returned), file=_out)
+"""
 SPARE_BYTES, SPARE_FACTOR = 2**16, 4
 """How much longer than the expected output one with other white space or more digits may be."""
 EXCERPT = 200
+
+
+class Function(Fields):
+    fn_name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")] | None = None
 
 
 class CodeTestsParams(Params):
@@ -113,22 +134,28 @@ def _most_bytes(wanted: str) -> int:
 async def score(group: RewardGroup, params: CodeTestsParams, context: Context) -> list[Score]:
     reference = group.task.reference
     tests = (reference.tests or [] if reference else [])[: params.max_cases]
+    function = read(Function, group, context.field, "code_tests").fn_name
+    if function and params.language != "python":
+        field = f"{context.field}.task.reference.fn_name"
+        raise Problem(422, "A reference is not usable", "code_tests calls functions of Python programs only", field)
     cases = [Case(stdin=test.input, stdout_bytes=_most_bytes(test.output)) for test in tests]
 
     async def one(text: str) -> Score:
         source = await asyncio.to_thread(extract, text, params.language)
         if source is None:
             return Score.of(0.0, Outcome.no_answer)
+        if function:
+            source = BEFORE + source + AFTER.format(name=function)
         right: set[int] = set()
 
-        async def read(place: int, result: CaseResult) -> CaseResult:
+        async def judge_output(place: int, result: CaseResult) -> CaseResult:
             wanted = tests[place].output
             if result.status == "ok" and await asyncio.to_thread(same_output, result.stdout, wanted, params.tolerance):
                 right.add(place)
             return result.model_copy(update={"stdout": result.stdout[:EXCERPT]})
 
         program = Program(language=params.language, source=source)
-        results = await context.sandbox.run(program, cases, params.limits, context.deadline, read)
+        results = await context.sandbox.run(program, cases, params.limits, context.deadline, judge_output)
         return judge(results, right, params.reward)
 
     return list(await asyncio.gather(*(one(completion.text) for completion in group.completions)))

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from services import traces
-from services.cli import clusters, data, demo, preflight, recipes, run, score, serve
+from services.cli import clusters, data, demo, evaluate, preflight, recipes, run, score, serve
 from services.recipe import RecipeError
 from services.redis import DeadlineExceeded
 from services.startup import StartupError
@@ -33,6 +33,8 @@ app.command()(run.train)
 app.command()(run.export)
 app.command()(run.push_to_hub)
 app.command()(score.score)
+app.command("eval")(evaluate.evaluate)
+app.command()(evaluate.compare)
 app.add_typer(serve.app, name="serve")
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(data.app, name="data")
