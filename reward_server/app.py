@@ -80,6 +80,7 @@ class Settings:
     replica: str = "reward"
     poll_seconds: float = 0.2
     mirror_dir: Path | None = None
+    broadcasts: bool = False
     max_batch_tokens: int = 16384
     verifier_workers: int = 2
     plugins: tuple[str, ...] = ()
@@ -174,6 +175,7 @@ def _follower(settings: Settings, service: Any) -> Follower | None:
         load=service.load,
         poll_seconds=settings.poll_seconds,
         mirror_dir=settings.mirror_dir,
+        receive=service.receive if settings.broadcasts else None,
     )
 
 

@@ -12,15 +12,16 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from rollout_server.calls import CLIENT_GONE, ClientGone, measured, while_connected
-from rollout_server.engines.base import Engine, EngineSettings, InFlight
+from rollout_server.engines.base import Engine, EngineSettings, InFlight, Receiver
 from rollout_server.prompts import rollout_prompts
 from services import trail
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
-from services.contract import Version
+from services.contract import Version, WeightVersion
 from services.http import HttpSettings, Problem, create_app, remaining_seconds
 from services.model_folder import model_folder
 from services.startup import StartupError
 from services.weights.follow import Follower
+from services.weights.meeting import Meet
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Settings:
     poll_seconds: float = 0.2
     mirror_dir: Path | None = None
     in_flight: InFlight = "wait"
+    broadcasts: bool = False
     nodes: int = 1
     node_rank: int = 0
     leader: str = "127.0.0.1"
@@ -96,6 +98,8 @@ def make_engine(settings: Settings) -> Engine:
         return VllmEngine(chosen)
     from rollout_server.engines.transformers import TransformersEngine
 
+    if settings.broadcasts:
+        raise StartupError("weights.transport: the transformers engine takes part in no broadcasts; use engine vllm")
     return TransformersEngine(chosen)
 
 
@@ -129,6 +133,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         node_rank=settings.node_rank,
         leader=settings.leader,
         in_flight=settings.in_flight,
+        broadcasts=settings.broadcasts,
     )
 
 
@@ -143,6 +148,13 @@ class Served:
         await self.engine.load(version, directory)
         async with self._changed:
             self._changed.notify_all()
+
+    async def receive(self, weights: WeightVersion, meet: Meet) -> WeightVersion:
+        assert isinstance(self.engine, Receiver)
+        taken = await self.engine.receive(weights, meet)
+        async with self._changed:
+            self._changed.notify_all()
+        return taken
 
     async def at_least(self, wanted: Version, seconds: float) -> None:
         """Raises Problem (503) when `wanted` is not served within `seconds`."""
@@ -172,6 +184,7 @@ def _follower(settings: Settings, served: Served) -> Follower | None:
             load=served.load,
             poll_seconds=settings.poll_seconds,
             mirror_dir=settings.mirror_dir,
+            receive=served.receive if settings.broadcasts else None,
         )
     except ValueError as error:
         raise StartupError(str(error)) from error

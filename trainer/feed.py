@@ -17,7 +17,8 @@ from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
 from services.redis import DeadlineExceeded, cancel, connect, insist, wait_for_redis
 from services.weights import disk
-from services.weights.mirror import whole
+from services.weights.meeting import TRANSPORTS
+from services.weights.mirror import snapshot, whole
 from trainer.checkpoint import Progress
 from trainer.waits import GROUPS_PATIENCE_SECONDS, REDIS_PATIENCE_SECONDS, Waits
 
@@ -247,7 +248,7 @@ class Feed:
 
 def _check(weights: WeightVersion) -> None:
     """Raises DamagedWeights, OSError."""
-    with whole(weights):
+    with whole(snapshot(weights) if weights.transport in TRANSPORTS else weights):
         pass
 
 

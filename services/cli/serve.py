@@ -14,6 +14,7 @@ from services.cli.watch import watch
 from services.model_folder import check_local
 from services.spec import RewardSpec
 from services.startup import StartupError
+from services.weights.meeting import TRANSPORTS
 
 app = typer.Typer(no_args_is_help=True, help="Start one server.")
 
@@ -149,6 +150,7 @@ def reward(
             replica=replica_name("reward", port),
             poll_seconds=chosen.weights.poll_seconds,
             mirror_dir=chosen.weights.mirror_dir,
+            broadcasts=chosen.weights.transport in TRANSPORTS,
             engine=chosen.scorer.engine,
             max_batch_tokens=chosen.scorer.max_batch_tokens,
             max_model_len=chosen.scorer.max_model_len,
@@ -246,6 +248,7 @@ def rollout(
             replica=replica_name("rollout", port),
             poll_seconds=chosen.weights.poll_seconds,
             mirror_dir=chosen.weights.mirror_dir,
+            broadcasts=chosen.weights.transport in TRANSPORTS,
             in_flight=chosen.weights.in_flight,
             nodes=nodes,
             node_rank=node_rank,

@@ -111,6 +111,12 @@ def whole(weights: WeightVersion) -> Iterator[Path]:
         mirror.close()
 
 
+def snapshot(weights: WeightVersion) -> WeightVersion:
+    """The whole version that these weights are made from, or were published after; they themselves where they are
+    whole. Raises DamagedWeights."""
+    return _chain(weights, None)[0]
+
+
 def _chain(weights: WeightVersion, have: Version | None) -> list[WeightVersion]:
     """From what follows `have`, or from the newest snapshot, up to `weights`. Raises DamagedWeights."""
     chain = [weights]
