@@ -64,6 +64,7 @@ class Broadcaster(Publisher):
         self._since_whole = 0
         self._staging: Staging | None = None
         self._config_dir: Path | None = None
+        self._leaving = False
 
     def publish(
         self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]], config_dir: Path | None = None
@@ -108,8 +109,8 @@ class Broadcaster(Publisher):
 
     def close(self) -> None:
         """Leave the newest version behind as files. Raises what `publish` does."""
+        newest, self._leaving = self._newest, True
         try:
-            newest = self._newest
             if newest is not None and newest.base is not None and self._staging is not None:
                 self._publish_whole(newest.id, self._staging.tensors().items())
         finally:
@@ -125,7 +126,7 @@ class Broadcaster(Publisher):
         self._insist(lambda: self.sender.withdraw(another_comes), "withdraw weights")
 
     def _check_newer(self, version: Version) -> None:
-        if self._newest is None or version != self._newest.id:  # else it is this very version, now as files
+        if not self._leaving:  # then it is the newest, now as files
             super()._check_newer(version)
 
 

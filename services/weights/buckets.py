@@ -1,7 +1,7 @@
 """Tensors laid out in buckets of bytes, one broadcast each; sender and receiver do it alike, from one manifest."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,24 @@ def views(bucket: Bucket, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Ten
     for place in bucket.places:
         piece = buffer[place.start : place.start + place.size]
         yield place.entry.name, piece.view(getattr(torch, place.entry.dtype)).view(place.entry.shape)
+
+
+def received(
+    broadcast: Callable[[torch.Tensor], None],
+    manifest: Sequence[TensorEntry],
+    most: int,
+    sums: Sequence[int],
+    device: torch.device,
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Each bucket's tensors as they come: `broadcast` fills a buffer on `device`, a new one for every bucket. Raises
+    RuntimeError: a bucket's sum is another one."""
+    buckets = plan(manifest, most)
+    for number, (bucket, expected) in enumerate(zip(buckets, sums, strict=True)):
+        buffer = torch.empty(bucket.size, dtype=torch.uint8, device=device)
+        broadcast(buffer)
+        if (found := words_sum(buffer)) != expected:
+            raise RuntimeError(f"bucket {number} of {len(buckets)} adds up to {found}, not to {expected}")
+        yield list(views(bucket, buffer))
 
 
 def words_sum(buffer: torch.Tensor) -> int:

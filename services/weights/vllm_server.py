@@ -28,15 +28,14 @@ class Broadcasts:
 
     async def open(self, llm: Any, ticket: Ticket) -> None:
         """Open the line of the ticket's call unless it is open; the model stays as it is. Raises RuntimeError."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
         call = ticket.call
         if self._line_id == call.line_id:
             return
         self._line_id = ""
         try:
             async with asyncio.timeout(call.seconds + MARGIN_SECONDS):
-                await llm.init_weight_transfer_engine(WeightTransferInitRequest(_line_info(ticket)))
+                line = {"init_info": _line_info(ticket)}
+                await llm.collective_rpc("init_weight_transfer_engine", kwargs=line)
         except TimeoutError:
             self.lost = f"the line for weights {call.version} was not open after {call.seconds:g} s"
             raise RuntimeError(self.lost) from None
@@ -46,14 +45,12 @@ class Broadcasts:
 
     async def take(self, llm: Any, ticket: Ticket) -> None:
         """Load what comes along the line, while nothing runs. Raises RuntimeError; then the engine is lost."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
         call = ticket.call
         try:
             async with asyncio.timeout(call.seconds + MARGIN_SECONDS):
-                await llm.start_weight_update()
-                await llm.update_weights(WeightTransferUpdateRequest(_buckets_info(ticket)))
-                await llm.finish_weight_update()
+                await llm.collective_rpc("start_weight_update")
+                await llm.collective_rpc("update_weights", kwargs={"update_info": _buckets_info(ticket)})
+                await llm.collective_rpc("finish_weight_update")
                 await llm.reset_prefix_cache()
                 await llm.update_weight_version(str(call.version))
         except TimeoutError:

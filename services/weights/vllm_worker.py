@@ -65,15 +65,11 @@ class BroadcastEngine(NCCLWeightTransferEngine):
             raise RuntimeError("no line was opened for a broadcast of weights")
         tensors = zip(info.names, info.dtypes, info.shapes, strict=True)
         manifest = [TensorEntry(name=n, dtype=d, shape=s, file="", checksum="") for n, d, s in tensors]
-        plan, model = buckets.plan(manifest, info.bucket_bytes), cast(Any, self.model)
+        model = cast(Any, self.model)
         with disable_mtp_completeness_check():
-            for number, (bucket, expected) in enumerate(zip(plan, info.sums, strict=True)):
-                # A new one each time: vLLM keeps views of it until the layer is complete.
-                buffer = torch.empty(bucket.size, dtype=torch.uint8, device=self.device)
-                self.line.broadcast(buffer)
-                if (found := buckets.words_sum(buffer)) != expected:
-                    raise RuntimeError(f"bucket {number} of {len(plan)} adds up to {found}, not to {expected}")
-                model.load_weights(list(buckets.views(bucket, buffer)))
+            for some in buckets.received(self.line.broadcast, manifest, info.bucket_bytes, info.sums, self.device):
+                # Buffers of their own: vLLM keeps these tensors until their layer is complete.
+                model.load_weights(some)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
