@@ -29,7 +29,9 @@ from reward_server.scorer.transformers import TransformersScorer
 from services.contract import Version
 from services.redis import connect_sync
 from services.startup import StartupError
+from services.weights.broadcast import Broadcaster
 from services.weights.publish import Publisher
+from services.weights.sender import BROADCASTS, Sender
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
@@ -356,6 +358,7 @@ def url(folders, redis_url):
         follow="match",
         redis_url=redis_url,
         run_id=RUN,
+        broadcasts=True,
         verifier_workers=1,
     )
     with served(create(settings), deadline_seconds=280) as url:
@@ -396,6 +399,27 @@ async def test_followed_weights_score_like_a_fresh_engine(service, url, folders,
         for one, other in zip(oracles[step].score(asked), answer["results"], strict=True):
             assert other["n_tokens"] == one.n_tokens
             assert other["scores"] == pytest.approx(one.scores, rel=1e-4, abs=1e-3)
+
+
+async def test_broadcast_weights_score_like_files(url, folders, redis_url, oracles, real, tmp_path):
+    """gloo in place of NCCL; the first version is a file, and so is what the trainer leaves behind."""
+    asked = real[:8]
+    with connect_sync(redis_url) as redis:
+        sender = Sender(redis, RUN, "gloo", torch.device("cpu"), seconds=30)
+        broadcaster = Broadcaster(sender, "nccl", tmp_path, bucket_bytes=100_000)
+        sent = BROADCASTS.labels("sent")._value.get()
+        try:
+            for step, number in enumerate((1, 0, 2)):
+                wanted = v(step, lineage=1)
+                location = await asyncio.to_thread(publish, broadcaster, wanted, folders[number])
+                assert location.exists() == (step == 0)
+                answer = await asyncio.to_thread(post, url, "/v1/score", score_body(asked, wanted))
+                assert answer["weight_version"] == wanted.model_dump()
+                for one, other in zip(oracles[number].score(asked), answer["results"], strict=True):
+                    assert other["scores"] == pytest.approx(one.scores, rel=1e-4, abs=1e-3)
+        finally:
+            await asyncio.to_thread(broadcaster.close)
+        assert BROADCASTS.labels("sent")._value.get() == sent + 2
 
 
 async def test_routes(url, oracles):
