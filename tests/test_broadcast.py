@@ -23,6 +23,7 @@ import torch
 from broadcast_server import Receiving, follower
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from services import recipe
 from services.contract import TensorEntry, Version
@@ -240,6 +241,9 @@ async def test_one_broadcast_feeds_rollout_and_scorer(redis_url, run, tmp_path, 
             assert len(lines) == 1  # opened once
             ranks = [{each.engine.tickets[n].first_rank for each in (one, other)} for n in range(3)]
             assert ranks == [{1, 2}] * 3
+            for phase in ("stage", "announce", "send"):
+                labels = {"service": "trainer", "phase": phase}
+                assert REGISTRY.get_sample_value("rlif_weight_sync_seconds_count", labels) >= 3
             assert one.engine.events[0] == "file 0.0"
             assert one.engine.events[1:4] == ["pause", "resume", "broadcast 0.1"]
 
@@ -268,13 +272,17 @@ async def test_who_sits_is_called_to_what_is_newest_by_then(redis_url, run, trai
     async with server(redis_url, run, "slow") as one:
         await publish(trainer, 0)
         await one.follower.at_least(v(0), 10)
-        monkeypatch.setattr(trainer.sender, "_look", lambda load: trainer.sender._renew())
+        monkeypatch.setattr(trainer.sender, "_look", lambda load: trainer.sender.renew())
         await publish(trainer, 1)
         await until(lambda: one.engine.events[-1] == "pause")
-        await publish(trainer, 2)
         monkeypatch.undo()
+        advance = pointer.advance
+        monkeypatch.setattr(pointer, "advance", lambda *given: time.sleep(0.3) or advance(*given))
+        failed = broadcasts("failed")
+        await publish(trainer, 2)
         assert await one.follower.at_least(v(1), 10) == v(2)
         assert same(one.engine.tensors, weights_of(2)) and one.engine.events.count("pause") == 1
+        assert broadcasts("failed") == failed  # nobody is called before redis names what to
 
 
 async def test_without_a_trainer_the_newest_files_are_served(redis_url, run, tmp_path):

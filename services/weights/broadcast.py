@@ -93,11 +93,12 @@ class Broadcaster(Publisher):
             base=self._whole.id,
         )
         staged = time.monotonic()
-        load = Load(version, self._staging.buffers, self.bucket_bytes)
-        self._insist(lambda: self.sender.offer(load), f"offer weights {version}")
+        self._insist(self.sender.renew, f"offer weights {version}")
         if not self._insist(lambda: pointer.advance(self.redis, weights), f"publish weights {version}"):
-            self._withdraw()
             raise Superseded(f"run {self.run_id}: weights {version} are outdated, a newer version was published")
+        # Only now: who is called looks up in redis what to.
+        load = Load(version, self._staging.buffers, self.bucket_bytes)
+        self.sender.send(load)
         ended = time.monotonic()
         self._newest, self._since_whole = weights, self._since_whole + 1
         BYTES.labels(self.transport).inc(sum(map(len, load.buffers)))

@@ -1,4 +1,4 @@
-"""The trainer's end of broadcasts: a thread that offers the newest weights, and sends them to those who come for them.
+"""The trainer's end of broadcasts: a thread that sends the newest weights to those who come for them.
 
 What it sends are copies that nobody trains, so training goes on meanwhile. What blocks where nothing can interrupt it
 (NCCL) runs in a thread that is left behind at its deadline, with its line: the next broadcast opens a new one.
@@ -104,16 +104,20 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="weights sender", daemon=True)
         self._thread.start()
 
-    def offer(self, load: Load) -> None:
-        """From now on, until it is withdrawn. Raises redis' errors."""
-        self._renew()
+    def renew(self, for_seconds: float = meeting.OFFER_SECONDS) -> None:
+        """Tell the servers that there is a trainer that broadcasts. Raises redis' errors."""
+        meeting.offer(self.redis, self.run_id, Offer(seconds=self.seconds), for_seconds)
+        self._renewed = time.monotonic()
+
+    def send(self, load: Load) -> None:
+        """To all who come, from now on, until it is withdrawn; redis must name it the newest."""
         with self._changed:
             self._load = load
             self._changed.notify_all()
 
     def withdraw(self, another_comes: bool = False) -> None:
-        """Send nothing any more; a broadcast under way is waited for. Servers that sit stay where another offer comes
-        soon. Raises DeadlineExceeded, redis' errors."""
+        """Send nothing any more; a broadcast under way is waited for. Where another load comes, servers that sit wait
+        for that. Raises DeadlineExceeded, redis' errors."""
         ends = time.monotonic() + 2 * self.seconds + 60
         with self._changed:
             self._load = None
@@ -122,7 +126,7 @@ class Sender:
                 if not self._changed.wait(max(0.0, ends - time.monotonic())):
                     raise DeadlineExceeded(f"run {self.run_id}: the broadcast of weights does not end")
         if another_comes:
-            self._renew(self.seconds)
+            self.renew(self.seconds)
         else:
             meeting.withdraw(self.redis, self.run_id)
 
@@ -148,10 +152,10 @@ class Sender:
             try:
                 self._look(load)
             except PASSING as error:
-                log.warning("run %s: offering weights %s: redis: %s", self.run_id, load.version, error)
+                log.warning("run %s: weights %s: redis: %s", self.run_id, load.version, error)
                 pause = REDIS_PAUSE_SECONDS
-            except Exception:  # whatever it is, offering must not end without a word
-                log.exception("run %s: offering weights %s", self.run_id, load.version)
+            except Exception:  # whatever it is, the next look may fare better
+                log.exception("run %s: weights %s", self.run_id, load.version)
                 pause = REDIS_PAUSE_SECONDS
             with self._changed:
                 self._busy = False
@@ -162,7 +166,7 @@ class Sender:
         """Renew the offer, and call those who came when they are all that is to be expected, or one waited enough."""
         now = time.monotonic()
         if now - self._renewed >= meeting.RENEW_SECONDS:
-            self._renew()
+            self.renew()
         seats = meeting.seats(self.redis, self.run_id)
         self._called &= {seat.id for seat in seats}
         seats = [seat for seat in seats if seat.id not in self._called]
@@ -173,10 +177,6 @@ class Sender:
         expected = {beat.replica for beat in beats if beat.version is None or beat.version < load.version}
         if expected <= {seat.replica for seat in seats} or now - self._first_sat >= self.gather_seconds:
             self._broadcast(load, seats)
-
-    def _renew(self, for_seconds: float = meeting.OFFER_SECONDS) -> None:
-        meeting.offer(self.redis, self.run_id, Offer(seconds=self.seconds), for_seconds)
-        self._renewed = time.monotonic()
 
     def _broadcast(self, load: Load, seats: list[Seat]) -> None:
         started = time.monotonic()
@@ -196,7 +196,7 @@ class Sender:
             sums=load.sums,
             seconds=self.seconds,
         )
-        self._renew(self.seconds + meeting.OFFER_SECONDS)
+        self.renew(self.seconds + meeting.OFFER_SECONDS)
         self._called |= first_ranks.keys()
         meeting.call(self.redis, self.run_id, made)
         who = ", ".join(seat.replica for seat in seats)
