@@ -314,6 +314,7 @@ async def test_a_trainer_that_dies_lets_those_who_sit_go_on(redis_url, run, trai
         await until(lambda: one.engine.events[-1] == "resume", 5)
         assert one.follower.version == v(0) and same(one.engine.tensors, weights_of(0))
         assert "no trainer offers" in one.follower.refusal
+        assert meeting.seats(trainer.redis, run) == []
 
 
 async def test_a_server_that_takes_no_broadcasts_says_so_and_serves_files(redis_url, run, trainer):
