@@ -4,7 +4,7 @@ One version in `snapshot_every` is a folder as with the other transports, and so
 process and the last one that it leaves behind: what starts while no trainer lives takes the newest of those.
 """
 
-import importlib.util
+import importlib
 import logging
 import time
 from collections.abc import Iterable
@@ -32,8 +32,13 @@ def publisher(recipe: Recipe, redis: Redis, device: torch.device) -> Publisher:
         raise RecipeError(
             f"weights.transport: {chosen.transport} needs GPUs, and the trainer is on the CPU; use disk or delta"
         )
-    if chosen.transport == "nccl" and importlib.util.find_spec("vllm") is None:
-        raise RecipeError("weights.transport: nccl needs vLLM where the trainer runs, too (rlif[vllm-gpu])")
+    if chosen.transport == "nccl":
+        try:  # now, not in the midst of the first broadcast
+            importlib.import_module("vllm.distributed.weight_transfer.nccl_common")
+        except ImportError as error:
+            raise RecipeError(
+                f"weights.transport: nccl needs vLLM where the trainer runs, too (rlif[vllm-gpu]): {error}"
+            ) from error
     sender = Sender(redis, recipe.run.name, chosen.transport, device, chosen.broadcast_seconds)
     return Broadcaster(
         sender, chosen.transport, recipe.weights_dir, keep=chosen.keep, snapshot_every=chosen.snapshot_every

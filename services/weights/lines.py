@@ -152,6 +152,8 @@ class IpcLine:
             _finish(buffer.device)
             self._store.set(written, "")
             self._wait(lambda: self._store.add(read, 0) == self._size - 1, f"{self._size - 1} readers")
+            for key in (written, read):
+                self._store.delete_key(key)
         else:
             self._wait(lambda: self._store.check([written]), "the trainer")
             buffer.copy_(part)
