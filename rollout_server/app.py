@@ -98,8 +98,6 @@ def make_engine(settings: Settings) -> Engine:
         return VllmEngine(chosen)
     from rollout_server.engines.transformers import TransformersEngine
 
-    if settings.broadcasts:
-        raise StartupError("weights.transport: the transformers engine takes part in no broadcasts; use engine vllm")
     return TransformersEngine(chosen)
 
 
@@ -109,6 +107,8 @@ def engine_settings(settings: Settings) -> EngineSettings:
         raise StartupError(f"--engine {settings.engine}: choose one of {', '.join(ENGINES)}")
     if settings.nodes > 1 and settings.engine != "vllm":
         raise StartupError(f"--nodes {settings.nodes}: the transformers engine runs on one node; use engine vllm")
+    if settings.broadcasts and settings.engine != "vllm":
+        raise StartupError("weights.transport: the transformers engine takes part in no broadcasts; use engine vllm")
     if not 0 <= settings.node_rank < settings.nodes:
         raise StartupError(
             f"--node-rank {settings.node_rank}: choose 0 to {settings.nodes - 1} (--nodes {settings.nodes})"

@@ -523,14 +523,13 @@ def test_a_trainer_on_the_cpu_refuses_to_broadcast(redis_url, tmp_path):
         broadcast.publisher(chosen, redis, CPU)
 
 
-def test_servers_on_transformers_refuse_broadcasts(tiny_model):
+def test_servers_on_transformers_refuse_broadcasts(tmp_path):
+    from reward_server.app import Settings as RewardSettings
     from reward_server.scorer.engines import scorer_service
     from rollout_server.app import Settings, make_engine
     from services.startup import StartupError
 
     with pytest.raises(StartupError, match="takes part in no broadcasts"):
-        make_engine(Settings(str(tiny_model), broadcasts=True))
-    from reward_server.app import Settings as RewardSettings
-
+        make_engine(Settings(str(tmp_path), broadcasts=True))
     with pytest.raises(StartupError, match="takes part in no broadcasts"):
-        scorer_service(RewardSettings(model=str(tiny_model), broadcasts=True))
+        scorer_service(RewardSettings(model=str(tmp_path), broadcasts=True))

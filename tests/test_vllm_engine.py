@@ -279,21 +279,22 @@ async def test_broadcast_weights_are_those_that_were_sent(
     url, app, redis_url, folders, oracles, tmp_path, transport, kind, lineage
 ):
     """gloo instead of NCCL and a mapped file instead of a GPU's memory; small buckets, so that layers are cut."""
+    failed = BROADCASTS.labels("failed")._value.get()
     with connect_sync(redis_url) as redis:
         sender = Sender(redis, RUN, kind, torch.device("cpu"), seconds=30)
-        broadcaster = Broadcaster(sender, transport, tmp_path, snapshot_every=3, bucket_bytes=100_000)
+        broadcaster = Broadcaster(sender, transport, tmp_path, snapshot_every=50, bucket_bytes=100_000)
         try:
-            for step in (0, 1, 2, 3, 4):
+            for step in (0, 1, 2, 3):
                 wanted = Version(lineage=lineage, version=step)
                 location = await asyncio.to_thread(publish, broadcaster, wanted, folders[step % 4])
-                assert location.exists() == (step % 3 == 0)
+                assert location.exists() == (step == 0)
                 async with RolloutClient(url) as client:
                     answer = await client.rollouts([ask(f"step {step}", wanted=wanted)], deadline_seconds=60)
                 assert answer.weight_version == wanted
                 check_logprobs(answer.groups[0], oracles[step % 4])
         finally:
             await asyncio.to_thread(broadcaster.close)
-        assert location.exists() and BROADCASTS.labels("failed")._value.get() == 0
+        assert BROADCASTS.labels("failed")._value.get() == failed
     assert not app.state.engine.death()
 
 
@@ -303,6 +304,6 @@ async def test_weights_of_another_model_are_refused(url, publisher, tmp_path, or
     await asyncio.sleep(1)
     async with RolloutClient(url) as client:
         answer = await client.rollouts([ask()])
-    assert answer.weight_version == Version(lineage=3, version=4)
-    check_logprobs(answer.groups[0], oracles[0])
+    assert answer.weight_version == Version(lineage=3, version=3)
+    check_logprobs(answer.groups[0], oracles[3])
     assert os.environ["VLLM_SERVER_DEV_MODE"] == "0"

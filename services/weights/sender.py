@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.05
 REDIS_PAUSE_SECONDS = 1.0
 
-BROADCASTS = Counter("rlif_weight_broadcasts_total", "Broadcasts of weights by how they ended: sent, failed", ["end"])
+BROADCASTS = Counter(
+    "rlif_weight_broadcasts_total", "Broadcasts of weights by how they ended: sent, failed", ["outcome"]
+)
 
 
 @dataclass(frozen=True)
