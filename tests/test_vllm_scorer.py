@@ -30,6 +30,7 @@ from services.contract import Version
 from services.redis import connect_sync
 from services.startup import StartupError
 from services.weights.broadcast import Broadcaster
+from services.weights.follow import Follower
 from services.weights.publish import Publisher
 from services.weights.sender import BROADCASTS, Sender
 
@@ -496,15 +497,28 @@ async def test_what_cannot_work_is_refused_before_anything_starts(folders, tmp_p
 
 
 @pytest.mark.slow
-async def test_two_ranks_share_the_head(folders, oracles, real):
-    """Tensor parallelism for real: each rank holds half of the (padded) vocabulary; some steps have no scored row."""
+async def test_two_ranks_share_the_head(folders, oracles, real, redis_url, tmp_path):
+    """Tensor parallelism for real: each rank holds half of the (padded) vocabulary; some steps have no scored row. Both
+    are ranks of a broadcast, too."""
     from reward_server.scorer.vllm import VllmService
 
-    made = VllmService(vllm_settings(folders[0], tensor_parallel_size=2))
+    made = VllmService(vllm_settings(folders[0], tensor_parallel_size=2, broadcasts=True))
     await made.start()
+    run = f"ranks-{uuid.uuid4().hex[:8]}"
+    following = Follower(redis_url, run, "two", "reward", "", made.load, receive=made.receive)
     try:
         check((await made.score(real[:24])).results, oracles[0].score(real[:24]))
         await made.load(v(1), folders[1])
         check((await made.score(real[:24])).results, oracles[1].score(real[:24]))
+        await following.start()
+        with connect_sync(redis_url) as redis:
+            sender = Sender(redis, run, "gloo", torch.device("cpu"), seconds=30)
+            broadcaster = Broadcaster(sender, "nccl", tmp_path, bucket_bytes=100_000)
+            for step, number in enumerate((0, 2, 1)):
+                await asyncio.to_thread(publish, broadcaster, v(step, lineage=1), folders[number])
+                await following.at_least(v(step, lineage=1), 60)
+                check((await made.score(real[:8])).results, oracles[number].score(real[:8]))
+            await asyncio.to_thread(broadcaster.close)
     finally:
+        await following.stop()
         await made.stop()
