@@ -317,6 +317,32 @@ async def test_a_trainer_that_dies_lets_those_who_sit_go_on(redis_url, run, trai
         assert meeting.seats(trainer.redis, run) == []
 
 
+async def test_a_server_that_always_fails_keeps_nobody_else_from_weights(redis_url, run, tmp_path, monkeypatch):
+    with trainer_of(redis_url, run, tmp_path, seconds=1.0, gather_seconds=5) as trainer:
+        async with server(redis_url, run, "sound") as sound, server(redis_url, run, "bad") as bad:
+            monkeypatch.setattr(bad.engine, "take", lambda ticket: 1 / 0)  # at once; the others wait for it on the line
+            await publish(trainer, 0)
+            for each in (sound, bad):
+                await each.follower.at_least(v(0), 10)
+            failed = broadcasts("failed")
+            await publish(trainer, 1)
+            await sound.follower.at_least(v(1), 10)
+            await until(lambda: broadcasts("failed") - failed == 2)  # together, then alone
+            await publish(trainer, 2)
+            await sound.follower.at_least(v(2), 5)
+            await until(lambda: "left out until the next whole version" in bad.follower.refusal)
+            assert same(sound.engine.tensors, weights_of(2)) and broadcasts("failed") - failed == 2
+            monkeypatch.undo()
+            trainer._every = 1
+            await publish(trainer, 3)
+            await bad.follower.at_least(v(3), 10)
+            trainer._every = 50
+            await publish(trainer, 4)
+            for each in (sound, bad):
+                await each.follower.at_least(v(4), 10)
+                assert same(each.engine.tensors, weights_of(4))
+
+
 async def test_a_server_that_takes_no_broadcasts_says_so_and_serves_files(redis_url, run, trainer):
     engine = Receiving()
     following = follower(redis_url, run, "plain", engine)

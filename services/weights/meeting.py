@@ -39,9 +39,11 @@ class NotCalled(Exception):
 
 
 class Offer(Wire):
-    """A trainer lives that broadcasts the newest weights. `seconds`: how long one broadcast may take."""
+    """A trainer lives that broadcasts the newest weights. `seconds`: how long one broadcast may take. `left_out`: the
+    sessions of engines that it calls no more until the next whole version."""
 
     seconds: float = Field(gt=0)
+    left_out: list[str] = Field(default_factory=list)
 
 
 class Seat(Wire):
@@ -154,7 +156,8 @@ async def sit(
                 if weights is None or weights.id != made.version:
                     raise NotCalled(f"called to weights {made.version}, which are not the newest")
                 return Ticket(weights, made, made.first_ranks[seat_id])
-            await offered(redis, run_id)
+            if session in (await offered(redis, run_id)).left_out:
+                raise NotCalled("a broadcast to this engine alone failed; it is left out until the next whole version")
             if time.monotonic() > ends:
                 raise NotCalled("the trainer offers weights, but did not call in time")
             await asyncio.sleep(LOOK_SECONDS)

@@ -102,13 +102,18 @@ class Sender:
         self._changed = threading.Condition()
         self._renewed = self._first_sat = 0.0
         self._called: set[str] = set()
+        # Sessions of engines: those of a crew whose broadcast failed are called one by one, until one fails alone.
+        self._doubtful: set[str] = set()
+        self._left_out: dict[str, str] = {}
+        """Session -> replica."""
         self._crew: Crew | None = None
         self._thread = threading.Thread(target=self._run, name="weights sender", daemon=True)
         self._thread.start()
 
     def renew(self, for_seconds: float = meeting.OFFER_SECONDS) -> None:
         """Tell the servers that there is a trainer that broadcasts. Raises redis' errors."""
-        meeting.offer(self.redis, self.run_id, Offer(seconds=self.seconds), for_seconds)
+        made = Offer(seconds=self.seconds, left_out=sorted(self._left_out))
+        meeting.offer(self.redis, self.run_id, made, for_seconds)
         self._renewed = time.monotonic()
 
     def send(self, load: Load) -> None:
@@ -130,6 +135,7 @@ class Sender:
         if another_comes:
             self.renew(self.seconds)
         else:
+            self._left_out.clear()
             meeting.withdraw(self.redis, self.run_id)
 
     def close(self) -> None:
@@ -171,14 +177,15 @@ class Sender:
             self.renew()
         seats = meeting.seats(self.redis, self.run_id)
         self._called &= {seat.id for seat in seats}
-        seats = [seat for seat in seats if seat.id not in self._called]
+        seats = [seat for seat in seats if seat.id not in self._called and seat.session not in self._left_out]
         if not seats:
             self._first_sat = now
             return
         beats = pointer.heartbeats_sync(self.redis, self.run_id, meeting.SEAT_SECONDS)
-        expected = {beat.replica for beat in beats if beat.version is None or beat.version < load.version}
+        behind = {beat.replica for beat in beats if beat.version is None or beat.version < load.version}
+        expected = behind - set(self._left_out.values())
         if expected <= {seat.replica for seat in seats} or now - self._first_sat >= self.gather_seconds:
-            self._broadcast(load, seats)
+            self._broadcast(load, [seat for seat in seats if seat.session not in self._doubtful] or seats[:1])
 
     def _broadcast(self, load: Load, seats: list[Seat]) -> None:
         started = time.monotonic()
@@ -201,16 +208,21 @@ class Sender:
         self.renew(self.seconds + meeting.OFFER_SECONDS)
         self._called |= first_ranks.keys()
         meeting.call(self.redis, self.run_id, made)
-        who = ", ".join(seat.replica for seat in seats)
+        who, sessions = ", ".join(seat.replica for seat in seats), {seat.session for seat in seats}
         try:
             _within(self.seconds, lambda: crew.send(load, self.device, self._stream))
         except Exception as error:
             self._part()
+            self._doubtful |= sessions
+            if len(seats) == 1:
+                self._left_out[seats[0].session] = seats[0].replica
+                self.renew()
             BROADCASTS.labels("failed").inc()
             reason = f"not done in {self.seconds:g} s" if isinstance(error, TimeoutError) else repr(error)
             log.error("run %s: the broadcast of weights %s to %s: %s", self.run_id, load.version, who, reason)
             return
         ended = time.monotonic()
+        self._doubtful -= sessions
         BROADCASTS.labels("sent").inc()
         SECONDS.labels("trainer", "send").observe(ended - started)
         log.info("run %s: sent weights %s to %s in %.2f s", self.run_id, load.version, who, ended - started)
