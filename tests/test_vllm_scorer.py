@@ -514,7 +514,7 @@ async def test_two_ranks_share_the_head(folders, oracles, real, redis_url, tmp_p
         with connect_sync(redis_url) as redis:
             sender = Sender(redis, run, "gloo", torch.device("cpu"), seconds=30)
             broadcaster = Broadcaster(sender, "nccl", tmp_path, bucket_bytes=100_000)
-            for step, number in enumerate((0, 2, 1)):
+            for step, number in enumerate((0, 2)):
                 await asyncio.to_thread(publish, broadcaster, v(step, lineage=1), folders[number])
                 await following.at_least(v(step, lineage=1), 60)
                 check((await made.score(real[:8])).results, oracles[number].score(real[:8]))

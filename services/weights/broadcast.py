@@ -98,7 +98,7 @@ class Broadcaster(Publisher):
             base=self._whole.id,
         )
         staged = time.monotonic()
-        self._insist(self.sender.renew, f"offer weights {version}")
+        self._insist(lambda: self.sender.renew(self.sender.seconds), f"offer weights {version}")
         if not self._insist(lambda: pointer.advance(self.redis, weights), f"publish weights {version}"):
             raise Superseded(f"run {self.run_id}: weights {version} are outdated, a newer version was published")
         # Only now: who is called looks up in redis what to.

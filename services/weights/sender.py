@@ -172,6 +172,7 @@ class Sender:
 
     def _look(self, load: Load) -> None:
         """Renew the offer, and call those who came when they are all that is to be expected, or one waited enough."""
+        sums = load.sums  # for seconds, the first time: before the offer is only good for `OFFER_SECONDS`
         now = time.monotonic()
         if now - self._renewed >= meeting.RENEW_SECONDS:
             self.renew()
@@ -185,9 +186,9 @@ class Sender:
         behind = {beat.replica for beat in beats if beat.version is None or beat.version < load.version}
         expected = behind - set(self._left_out.values())
         if expected <= {seat.replica for seat in seats} or now - self._first_sat >= self.gather_seconds:
-            self._broadcast(load, [seat for seat in seats if seat.session not in self._doubtful] or seats[:1])
+            self._broadcast(load, sums, [seat for seat in seats if seat.session not in self._doubtful] or seats[:1])
 
-    def _broadcast(self, load: Load, seats: list[Seat]) -> None:
+    def _broadcast(self, load: Load, sums: list[int], seats: list[Seat]) -> None:
         started = time.monotonic()
         crew = self._crew_of(seats)
         first_ranks, rank = {}, 1
@@ -202,7 +203,7 @@ class Sender:
             size=crew.size,
             first_ranks=first_ranks,
             bucket_bytes=load.bucket_bytes,
-            sums=load.sums,
+            sums=sums,
             seconds=self.seconds,
         )
         self.renew(self.seconds + meeting.OFFER_SECONDS)
