@@ -85,6 +85,7 @@ class Settings:
     replica: str = "reward"
     poll_seconds: float = 0.2
     mirror_dir: Path | None = None
+    broadcasts: bool = False
     max_batch_tokens: int = 16384
     verifier_workers: int = 2
     plugins: tuple[str, ...] = ()
@@ -180,6 +181,7 @@ def _follower(settings: Settings, service: Any) -> Follower | None:
         poll_seconds=settings.poll_seconds,
         mirror_dir=settings.mirror_dir,
         base=partial(model_folder, settings.model, settings.revision),
+        receive=service.receive if settings.broadcasts else None,
     )
 
 

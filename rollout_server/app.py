@@ -13,18 +13,19 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from rollout_server.calls import CLIENT_GONE, ClientGone, measured, while_connected
-from rollout_server.engines.base import Engine, EngineSettings, InFlight
+from rollout_server.engines.base import Engine, EngineSettings, InFlight, Receiver
 from rollout_server.prompts import rollout_prompts
 from services import trail
 from services.access import HttpSettings
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
-from services.contract import Version
+from services.contract import Version, WeightVersion
 from services.gate import remaining_seconds
 from services.http import create_app
 from services.model_folder import model_folder
 from services.problem import Problem
 from services.startup import StartupError
 from services.weights.follow import Follower
+from services.weights.meeting import Meet
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Settings:
     poll_seconds: float = 0.2
     mirror_dir: Path | None = None
     in_flight: InFlight = "wait"
+    broadcasts: bool = False
     nodes: int = 1
     node_rank: int = 0
     leader: str = "127.0.0.1"
@@ -109,6 +111,8 @@ def engine_settings(settings: Settings) -> EngineSettings:
         raise StartupError(f"--engine {settings.engine}: choose one of {', '.join(ENGINES)}")
     if settings.nodes > 1 and settings.engine != "vllm":
         raise StartupError(f"--nodes {settings.nodes}: the transformers engine runs on one node; use engine vllm")
+    if settings.broadcasts and settings.engine != "vllm":
+        raise StartupError("weights.transport: the transformers engine takes part in no broadcasts; use engine vllm")
     if not 0 <= settings.node_rank < settings.nodes:
         raise StartupError(
             f"--node-rank {settings.node_rank}: choose 0 to {settings.nodes - 1} (--nodes {settings.nodes})"
@@ -133,6 +137,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         node_rank=settings.node_rank,
         leader=settings.leader,
         in_flight=settings.in_flight,
+        broadcasts=settings.broadcasts,
     )
 
 
@@ -147,6 +152,13 @@ class Served:
         await self.engine.load(version, directory)
         async with self._changed:
             self._changed.notify_all()
+
+    async def receive(self, weights: WeightVersion, meet: Meet) -> WeightVersion:
+        assert isinstance(self.engine, Receiver)
+        taken = await self.engine.receive(weights, meet)
+        async with self._changed:
+            self._changed.notify_all()
+        return taken
 
     async def at_least(self, wanted: Version, seconds: float) -> None:
         """Raises Problem (503) when `wanted` is not served within `seconds`."""
@@ -177,6 +189,7 @@ def _follower(settings: Settings, served: Served) -> Follower | None:
             poll_seconds=settings.poll_seconds,
             mirror_dir=settings.mirror_dir,
             base=partial(model_folder, settings.model, settings.revision),
+            receive=served.receive if settings.broadcasts else None,
         )
     except ValueError as error:
         raise StartupError(str(error)) from error

@@ -8,10 +8,11 @@ class Keys:
     """`groups` stream of scored groups; `pushed` hash group id -> entry id (`dead` for buried ones, `left_out` for
     unanimous ones); `dead` stream; `left_out` hash group id -> index; `attempts` hash entry id -> `count:token`;
     `lineage` int, and `floor` the lowest one whose groups count (a roll-back sets it); `weights` JSON of the newest
-    WeightVersion and `weights_id` its `lineage.version`; `weights_news` the channel it is announced on; `followers`
-    hash replica -> JSON; `specs` hash name -> JSON; `status` hash service -> JSON; `steps` stream of what the trainer
-    measured; `commands` list of orders to the trainer, `command_ids` the set of their ids, `commands_obeyed` hash id ->
-    JSON; `evaluations` hash version -> JSON; `verdicts` hash id -> JSON of the guard's alarms."""
+    WeightVersion and `weights_id` its `lineage.version`; `weights_news` the channel it is announced on; of broadcasts
+    `weights_offer` and `weights_call` (JSON) and `weights_seats` (hash replica -> JSON); `followers` hash replica ->
+    JSON; `specs` hash name -> JSON; `status` hash service -> JSON; `steps` stream of what the trainer measured;
+    `commands` list of orders to the trainer, `command_ids` the set of their ids, `commands_obeyed` hash id -> JSON;
+    `evaluations` hash version -> JSON; `verdicts` hash id -> JSON of the guard's alarms."""
 
     run_id: str
 
@@ -49,6 +50,18 @@ class Keys:
     @property
     def weights_news(self) -> str:
         return self._key("weights_news")
+
+    @property
+    def weights_offer(self) -> str:
+        return self._key("weights_offer")
+
+    @property
+    def weights_seats(self) -> str:
+        return self._key("weights_seats")
+
+    @property
+    def weights_call(self) -> str:
+        return self._key("weights_call")
 
     @property
     def followers(self) -> str:

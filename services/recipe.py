@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError, field_validator, model_validator
 
 from services.algorithms import default_combine
+from services.recipe_broadcasts import check_broadcasts
 from services.recipe_sections import (
     REDIS_SCHEMES,
     Data,
@@ -110,6 +111,7 @@ class Recipe(Section):
                 "run.deterministic needs wait"
             )
         self._is_watched_soundly()
+        check_broadcasts(self.weights, self.model, self.trainer, self.rollout, self.scorer)
         need = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens
         for part in ("rollout", "scorer"):
             limit = getattr(self, part).max_model_len

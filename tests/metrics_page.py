@@ -22,6 +22,7 @@ FOLDERS = {  # the longest that fits; who imports it has the metric
     "services/queue": "orchestrator, trainer",
     "services/orchestrator/": "orchestrator",
     "services/weights/publish": "trainer (rank 0)",
+    "services/weights/sender": "trainer (rank 0)",
     "services/weights/follow": "reward server, rollout server",
     "services/weights/seconds": "reward server, rollout server, trainer (rank 0)",
     "reward_server/sandbox/": "sandbox server, reward server",

@@ -24,7 +24,9 @@ from services.api import RolloutRequest
 from services.clients import Refused, RolloutClient
 from services.contract import Sampling, Version, VersionSpan
 from services.redis import connect_sync
+from services.weights.broadcast import Broadcaster
 from services.weights.publish import Publisher
+from services.weights.sender import BROADCASTS, Sender
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -65,6 +67,7 @@ def app(folders, redis_url):
         max_batch_sequences=32,
         redis_url=redis_url,
         run_id=RUN,
+        broadcasts=True,
     )
     return create(settings)
 
@@ -280,12 +283,36 @@ async def test_followed_weights_equal_a_fresh_engine(url, publisher, folders, or
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize(("transport", "kind", "lineage"), [("nccl", "gloo", 2), ("ipc", "ipc", 3)])
+async def test_broadcast_weights_are_those_that_were_sent(
+    url, app, redis_url, folders, oracles, tmp_path, transport, kind, lineage
+):
+    """gloo instead of NCCL and a mapped file instead of a GPU's memory; small buckets, so that layers are cut."""
+    failed = BROADCASTS.labels("failed")._value.get()
+    with connect_sync(redis_url) as redis:
+        sender = Sender(redis, RUN, kind, torch.device("cpu"), seconds=30)
+        broadcaster = Broadcaster(sender, transport, tmp_path, snapshot_every=50, bucket_bytes=100_000)
+        try:
+            for step in (0, 1, 2, 3):
+                wanted = Version(lineage=lineage, version=step)
+                location = await asyncio.to_thread(publish, broadcaster, wanted, folders[step % 4])
+                assert location.exists() == (step == 0)
+                async with RolloutClient(url) as client:
+                    answer = await client.rollouts([ask(f"step {step}", wanted=wanted)], deadline_seconds=60)
+                assert answer.weight_version == wanted
+                check_logprobs(answer.groups[0], oracles[step % 4])
+        finally:
+            await asyncio.to_thread(broadcaster.close)
+        assert BROADCASTS.labels("failed")._value.get() == failed
+    assert not app.state.engine.death()
+
+
 async def test_weights_of_another_model_are_refused(url, publisher, tmp_path, oracles):
     other = make_tiny_model(tmp_path / "other", hidden=64)
-    await asyncio.to_thread(publish, publisher, Version(lineage=2), other)
+    await asyncio.to_thread(publish, publisher, Version(lineage=4), other)
     await asyncio.sleep(1)
     async with RolloutClient(url) as client:
         answer = await client.rollouts([ask()])
-    assert answer.weight_version == NEWEST
+    assert answer.weight_version == Version(lineage=3, version=3)
     check_logprobs(answer.groups[0], oracles[3])
     assert os.environ["VLLM_SERVER_DEV_MODE"] == "0"

@@ -30,7 +30,10 @@ from reward_server.scorer.transformers import TransformersScorer
 from services.contract import Version
 from services.redis import connect_sync
 from services.startup import StartupError
+from services.weights.broadcast import Broadcaster
+from services.weights.follow import Follower
 from services.weights.publish import Publisher
+from services.weights.sender import BROADCASTS, Sender
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
@@ -357,6 +360,7 @@ def url(folders, redis_url):
         follow="match",
         redis_url=redis_url,
         run_id=RUN,
+        broadcasts=True,
         verifier_workers=1,
     )
     with served(create(settings), deadline_seconds=280) as url:
@@ -397,6 +401,27 @@ async def test_followed_weights_score_like_a_fresh_engine(service, url, folders,
         for one, other in zip(oracles[step].score(asked), answer["results"], strict=True):
             assert other["n_tokens"] == one.n_tokens
             assert other["scores"] == pytest.approx(one.scores, rel=1e-4, abs=1e-3)
+
+
+async def test_broadcast_weights_score_like_files(url, folders, redis_url, oracles, real, tmp_path):
+    """gloo in place of NCCL; the first version is a file, and so is what the trainer leaves behind."""
+    asked = real[:8]
+    with connect_sync(redis_url) as redis:
+        sender = Sender(redis, RUN, "gloo", torch.device("cpu"), seconds=30)
+        broadcaster = Broadcaster(sender, "nccl", tmp_path, bucket_bytes=100_000)
+        sent = BROADCASTS.labels("sent")._value.get()
+        try:
+            for step, number in enumerate((1, 0, 2)):
+                wanted = v(step, lineage=1)
+                location = await asyncio.to_thread(publish, broadcaster, wanted, folders[number])
+                assert location.exists() == (step == 0)
+                answer = await asyncio.to_thread(post, url, "/v1/score", score_body(asked, wanted))
+                assert answer["weight_version"] == wanted.model_dump()
+                for one, other in zip(oracles[number].score(asked), answer["results"], strict=True):
+                    assert other["scores"] == pytest.approx(one.scores, rel=1e-4, abs=1e-3)
+        finally:
+            await asyncio.to_thread(broadcaster.close)
+        assert BROADCASTS.labels("sent")._value.get() == sent + 2
 
 
 async def test_routes(url, oracles):
@@ -483,15 +508,28 @@ async def test_what_cannot_work_is_refused_before_anything_starts(folders, tmp_p
 
 
 @pytest.mark.slow
-async def test_two_ranks_share_the_head(folders, oracles, real):
-    """Tensor parallelism for real: each rank holds half of the (padded) vocabulary; some steps have no scored row."""
+async def test_two_ranks_share_the_head(folders, oracles, real, redis_url, tmp_path):
+    """Tensor parallelism for real: each rank holds half of the (padded) vocabulary; some steps have no scored row. Both
+    are ranks of a broadcast, too."""
     from reward_server.scorer.vllm import VllmService
 
-    made = VllmService(vllm_settings(folders[0], tensor_parallel_size=2))
+    made = VllmService(vllm_settings(folders[0], tensor_parallel_size=2, broadcasts=True))
     await made.start()
+    run = f"ranks-{uuid.uuid4().hex[:8]}"
+    following = Follower(redis_url, run, "two", "reward", "", made.load, receive=made.receive)
     try:
         check((await made.score(real[:24])).results, oracles[0].score(real[:24]))
         await made.load(v(1), folders[1])
         check((await made.score(real[:24])).results, oracles[1].score(real[:24]))
+        await following.start()
+        with connect_sync(redis_url) as redis:
+            sender = Sender(redis, run, "gloo", torch.device("cpu"), seconds=30)
+            broadcaster = Broadcaster(sender, "nccl", tmp_path, bucket_bytes=100_000)
+            for step, number in enumerate((0, 2)):
+                await asyncio.to_thread(publish, broadcaster, v(step, lineage=1), folders[number])
+                await following.at_least(v(step, lineage=1), 60)
+                check((await made.score(real[:8])).results, oracles[number].score(real[:8]))
+            await asyncio.to_thread(broadcaster.close)
     finally:
+        await following.stop()
         await made.stop()

@@ -25,6 +25,7 @@ from services.recipe import Recipe, RecipeError
 from services.redis import connect_sync
 from services.status import serving_status
 from services.steps import STOPPED, traces_of_training
+from services.weights import broadcast
 from services.weights.publish import Publisher
 from trainer import checkpoint, lora, metrics, policy
 from trainer import engine as engines
@@ -95,7 +96,7 @@ def _train(
     publisher, records, files = None, None, run_dir / "model"
     if ranks.first:
         policy.save_files(recipe.model, files)
-        publisher = Publisher.of(recipe, connect_sync(redis_url))
+        publisher = broadcast.publisher(recipe, connect_sync(redis_url), ranks.device)
         records = metrics.StepLog(recipe, first)
         (run_dir / STOPPED).unlink(missing_ok=True)
     if recipe.has_orders and progress.step == 0:
@@ -149,6 +150,8 @@ def _train(
 
     if durable < progress.step:
         _checkpoint(engine, reference, recipe, progress, ranks, feed)
+    if publisher is not None:
+        publisher.close()
     if feed is not None and records is not None:
         done = progress.step >= trainer.steps and not stopped
         feed.report("done" if done else "stopped", progress.step, progress.lineage)

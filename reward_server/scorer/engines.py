@@ -23,6 +23,8 @@ def scorer_service(settings: "Settings") -> "Service | None":
 
 
 def _transformers(settings: "Settings", model: str) -> "Service":
+    if settings.broadcasts and settings.follow != "frozen":
+        raise StartupError("weights.transport: the transformers engine takes part in no broadcasts; use engine vllm")
     if settings.tensor_parallel_size > 1:
         raise StartupError("--tensor-parallel-size: the transformers engine runs on one device; use --engine vllm")
     if settings.max_model_len is not None:
@@ -77,5 +79,6 @@ def _vllm(settings: "Settings", model: str) -> "Service":
         tensor_parallel_size=settings.tensor_parallel_size,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         trust_remote_code=settings.trust_remote_code,
+        broadcasts=settings.broadcasts,
     )
     return VllmService(chosen, settings.follow)

@@ -7,7 +7,7 @@ weights waits for the calls inside and holds back those that come), and no row i
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from reward_server.scorer.items import ItemScores, Span, TokenItem, check_item, 
 from reward_server.scorer.vllm_plugin import ARCHITECTURES, PLUGIN, SWITCH, register, scorer_of
 from reward_server.scorer.vllm_rows import Asked, Pass
 from services import vllm_process
-from services.contract import Version
+from services.contract import Version, WeightVersion
 from services.startup import StartupError
+from services.weights.meeting import Meet
 from services.weights.shapes import Tensors
+from services.weights.vllm_server import CONFIG, Broadcasts
 
 vllm_process.prepare(SWITCH, PLUGIN)  # before vLLM is imported, which reads the environment then
 
@@ -42,6 +44,7 @@ class VllmSettings:
     """`model` is a local folder. `max_batch_tokens`: of one step; longer sequences are cut into chunks of that.
 
     `threads`: CPU threads (none: what vLLM takes). `share_prefixes`: whether equal prompts are computed once.
+    `broadcasts`: whether weights may come that way.
     """
 
     model: Path
@@ -56,6 +59,7 @@ class VllmSettings:
     gpu_memory_utilization: float = 0.85
     trust_remote_code: bool = False
     share_prefixes: bool = True
+    broadcasts: bool = False
 
 
 class VllmModel:
@@ -92,6 +96,7 @@ class VllmService(Service):
         super().__init__(self.model, follow)
         self.share_prefixes = settings.share_prefixes
         self.fault = "not started"
+        self.broadcasts = Broadcasts(settings.tensor_parallel_size)
         self._gate = Gate()
 
     async def start(self) -> None:
@@ -112,7 +117,7 @@ class VllmService(Service):
         return self.fault or vllm_process.death(self.llm) or "ok"
 
     def death(self) -> str:
-        return vllm_process.death(self.llm) if hasattr(self, "llm") else ""
+        return self.broadcasts.lost or (vllm_process.death(self.llm) if hasattr(self, "llm") else "")
 
     # ---- scoring -----------------------------------------------------------------------------------------------
 
@@ -166,11 +171,25 @@ class VllmService(Service):
             raise ValueError("follow: a frozen scorer takes no new weights")
         await asyncio.to_thread(self.model.tensors.check, directory)
         async with self._gate.closed():
-            # Until the last tensor is in, the model is a mixture of two versions and scores nothing.
-            self.fault = f"the weights of version {version} were not loaded completely"
-            await vllm_process.replace_weights(self.llm, version, directory)
-            self.version, self.fault = version, ""
+            await self._swap(version, vllm_process.replace_weights(self.llm, version, directory))
         await self._announce()
+
+    async def receive(self, weights: WeightVersion, meet: Meet) -> WeightVersion:
+        """Take part in a broadcast of these weights, or of newer ones; returns which. Raises NotCalled, WeightsMismatch
+        and ValueError before anything changed."""
+        self.model.tensors.check_manifest(weights.manifest)
+        async with self._gate.closed():
+            ticket = await meet(self.broadcasts.session, self.broadcasts.workers)
+            await self.broadcasts.open(self.llm, ticket)
+            await self._swap(ticket.weights.id, self.broadcasts.take(self.llm, ticket))
+        await self._announce()
+        return ticket.weights
+
+    async def _swap(self, version: Version, swapping: Awaitable[None]) -> None:
+        # Until the last tensor is in, the model is a mixture of two versions and scores nothing.
+        self.fault = f"the weights of version {version} were not loaded completely"
+        await swapping
+        self.version, self.fault = version, ""
 
 
 def pooling_params(asked: Asked, use_cache: bool = True) -> PoolingParams:
@@ -228,6 +247,8 @@ def _arguments(settings: VllmSettings, is_cpu: bool) -> AsyncEngineArgs:
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
     }
+    if settings.broadcasts:
+        options["weight_transfer_config"] = CONFIG
     cpu_only = {"enforce_eager": True, "block_size": CPU_BLOCK}
     gpu_only = {"gpu_memory_utilization": settings.gpu_memory_utilization}
     return AsyncEngineArgs(**options, **(cpu_only if is_cpu else gpu_only))

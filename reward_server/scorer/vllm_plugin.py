@@ -6,7 +6,7 @@ repeatedly. Only names are registered here; vLLM imports the model itself where 
 
 import os
 
-from services.vllm_process import end_with_parent, keep_weights_unpacked
+from services.vllm_process import end_with_parent, keep_weights_unpacked, know_broadcasts
 
 SWITCH = "RLIF_VLLM_SCORER"
 PLUGIN = "rlif_scorer"
@@ -44,4 +44,5 @@ def register() -> None:
         name = scorer_of(architecture)
         if name not in ModelRegistry.models:
             ModelRegistry.register_model(name, f"reward_server.scorer.vllm_model:{name}")
+    know_broadcasts()
     end_with_parent()

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from fastapi import FastAPI
 
-from services.contract import Completion, Sampling, Version
+from services.contract import Completion, Sampling, Version, WeightVersion
+from services.weights.meeting import Meet
 
 InFlight = Literal["wait", "keep", "abort"]
 
@@ -26,7 +27,8 @@ class EngineSettings:
     """`model` is a local folder. `threads`: CPU threads (none: what the library takes). An engine over several `nodes`
     (vLLM) has one process a node; number 0 serves, and the others join it at the host `leader`. `in_flight`: what is to
     become of completions that are being made when new weights come; `wait` finishes them first, `keep` goes on with
-    the new weights (keys and values are computed anew), `abort` begins them again (once: the next weights wait)."""
+    the new weights (keys and values are computed anew), `abort` begins them again (once: the next weights wait).
+    `broadcasts`: whether weights may come that way."""
 
     model: Path
     served_name: str
@@ -42,6 +44,7 @@ class EngineSettings:
     node_rank: int = 0
     leader: str = "127.0.0.1"
     in_flight: InFlight = "wait"
+    broadcasts: bool = False
 
 
 class Engine(Protocol):
@@ -77,6 +80,17 @@ class Engine(Protocol):
 
     async def attach(self, app: FastAPI) -> None:
         """Add the OpenAI-compatible routes; called after `start`."""
+
+
+@runtime_checkable
+class Receiver(Protocol):
+    """An engine to which weights can be broadcast."""
+
+    async def receive(self, weights: WeightVersion, meet: Meet) -> WeightVersion:
+        """Take part in a broadcast of these weights, or of newer ones; returns which. Otherwise as `Engine.load`.
+
+        Raises NotCalled, and WeightsMismatch, before anything changed.
+        """
 
 
 class Aborted(Exception):

@@ -1,8 +1,10 @@
 """The vLLM engine: `AsyncLLM` on GPU or CPU, with weights reloaded in place between completions."""
 
 import asyncio
+import json
 import logging
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from rollout_server.calls import BEGUN_AGAIN
 from rollout_server.engines.base import Aborted, EngineSettings, Prompt
 from rollout_server.engines.vllm_plugin import PLUGIN, SWITCH
 from services import vllm_process
-from services.contract import Completion, Version, VersionSpan
+from services.contract import Completion, Version, VersionSpan, WeightVersion
+from services.weights.meeting import Meet
 from services.weights.seconds import SECONDS
 from services.weights.shapes import Tensors
+from services.weights.vllm_server import CONFIG, Broadcasts
 
 vllm_process.prepare(SWITCH, PLUGIN)  # before vLLM is imported, which reads the environment then
 
@@ -45,6 +49,7 @@ class VllmEngine:
         self.tensors = Tensors.of(settings.model, config.hf_text_config)
         self.version = Version()
         self.fault = "the model is not loaded yet"
+        self.broadcasts = Broadcasts(settings.tensor_parallel_size)
         self._loading = asyncio.Lock()
         self._begun_again = 0
         """Calls that were aborted for new weights once, and run to their end."""
@@ -57,7 +62,7 @@ class VllmEngine:
         return self.fault or vllm_process.death(self.llm) or "ok"
 
     def death(self) -> str:
-        return vllm_process.death(self.llm) if hasattr(self, "llm") else ""
+        return self.broadcasts.lost or (vllm_process.death(self.llm) if hasattr(self, "llm") else "")
 
     # ---- generation ------------------------------------------------------------------------------------------------
 
@@ -114,19 +119,42 @@ class VllmEngine:
         its keys and values computed anew, so every token is wholly of the version that its span names."""
         await asyncio.to_thread(self.tensors.check, directory)
         async with self._loading:
-            asked = time.monotonic()
-            mode = self.settings.in_flight if not self._begun_again or self.settings.in_flight != "abort" else "wait"
-            await self.llm.pause_generation(mode=mode, clear_cache=True)
+            await self._pause()
+            await self._swap(version, vllm_process.replace_weights(self.llm, version, directory))
+
+    async def receive(self, weights: WeightVersion, meet: Meet) -> WeightVersion:
+        """As `load`; between pausing and swapping it waits for the others that the weights are broadcast to."""
+        self.tensors.check_manifest(weights.manifest)
+        async with self._loading:
+            await self._pause()
             paused = time.monotonic()
-            # Until the last tensor is in, the model is a mixture of two versions and stays paused.
-            self.fault = f"the weights of version {version} were not loaded completely"
-            await vllm_process.replace_weights(self.llm, version, directory)
-            self.version, self.fault = version, ""
-            swapped = time.monotonic()
-            await self.llm.resume_generation()
-            SECONDS.labels("rollout", "pause").observe(paused - asked)
-            SECONDS.labels("rollout", "swap").observe(swapped - paused)
-            SECONDS.labels("rollout", "resume").observe(time.monotonic() - swapped)
+            try:
+                ticket = await meet(self.broadcasts.session, self.broadcasts.workers)
+                await self.broadcasts.open(self.llm, ticket)
+            except BaseException:
+                if not self.fault and not self.broadcasts.lost:
+                    await self.llm.resume_generation()
+                raise
+            SECONDS.labels("rollout", "meet").observe(time.monotonic() - paused)
+            await self._swap(ticket.weights.id, self.broadcasts.take(self.llm, ticket))
+            return ticket.weights
+
+    async def _pause(self) -> None:
+        asked = time.monotonic()
+        mode = self.settings.in_flight if not self._begun_again or self.settings.in_flight != "abort" else "wait"
+        await self.llm.pause_generation(mode=mode, clear_cache=True)
+        SECONDS.labels("rollout", "pause").observe(time.monotonic() - asked)
+
+    async def _swap(self, version: Version, swapping: Awaitable[None]) -> None:
+        paused = time.monotonic()
+        # Until the last tensor is in, the model is a mixture of two versions and stays paused.
+        self.fault = f"the weights of version {version} were not loaded completely"
+        await swapping
+        self.version, self.fault = version, ""
+        swapped = time.monotonic()
+        await self.llm.resume_generation()
+        SECONDS.labels("rollout", "swap").observe(swapped - paused)
+        SECONDS.labels("rollout", "resume").observe(time.monotonic() - swapped)
 
     async def stop(self) -> None:
         await asyncio.to_thread(self.llm.shutdown)
@@ -173,6 +201,8 @@ def arguments(settings: EngineSettings, is_cpu: bool) -> Any:
         options["distributed-executor-backend"] = "mp"
     if not is_cpu:
         options["gpu-memory-utilization"] = settings.gpu_memory_utilization
+    if settings.broadcasts:
+        options["weight-transfer-config"] = json.dumps(CONFIG)
     flags = ["--no-enable-log-requests", "--no-use-tqdm-on-load", "--enable-prefix-caching"]
     flags += ["--enforce-eager"] if is_cpu else []
     flags += ["--trust-remote-code"] if settings.trust_remote_code else []

@@ -6,7 +6,7 @@ It acts only in processes that `rollout_server.engines.vllm` started (RLIF_VLLM 
 import os
 from typing import Any
 
-from services.vllm_process import end_with_parent, keep_weights_unpacked
+from services.vllm_process import end_with_parent, keep_weights_unpacked, know_broadcasts
 
 SWITCH = "RLIF_VLLM"
 PLUGIN = "rlif"
@@ -22,6 +22,7 @@ def register() -> None:
     if current_platform.is_cpu():
         keep_weights_unpacked()
     report_logprobs_before_filters()
+    know_broadcasts()
     end_with_parent()
 
 

@@ -15,6 +15,7 @@ from services.model_folder import check_local
 from services.spec import RewardSpec
 from services.startup import StartupError
 from services.weights import store
+from services.weights.meeting import TRANSPORTS
 
 app = typer.Typer(no_args_is_help=True, help="Start one server.")
 
@@ -161,6 +162,7 @@ def reward(
             replica=replica_name("reward", port),
             poll_seconds=chosen.weights.poll_seconds,
             mirror_dir=chosen.weights.mirror_dir,
+            broadcasts=chosen.weights.transport in TRANSPORTS,
             engine=chosen.scorer.engine,
             max_batch_tokens=chosen.scorer.max_batch_tokens,
             max_model_len=chosen.scorer.max_model_len,
@@ -262,6 +264,7 @@ def rollout(
             replica=replica_name("rollout", port),
             poll_seconds=chosen.weights.poll_seconds,
             mirror_dir=chosen.weights.mirror_dir,
+            broadcasts=chosen.weights.transport in TRANSPORTS,
             in_flight=chosen.weights.in_flight,
             nodes=nodes,
             node_rank=node_rank,

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from services.contract import Version, WeightVersion
 from services.keys import Keys
 from services.redis import PASSING, DeadlineExceeded, cancel, connect
 from services.startup import StartupError
-from services.weights import pointer
+from services.weights import meeting, pointer
 from services.weights.seconds import SECONDS
 from services.weights.store import is_url
 
@@ -47,7 +48,8 @@ class Follower:
     refused: the old one stays, and it is tried again with growing pauses, since a shared disk may lag behind redis.
     Deltas are applied to a copy of the weights in `mirror_dir` (none: the system's folder for temporary files), what
     lies in a bucket is fetched to there, and adapters are merged there into a copy of the model whose folder `base`
-    returns.
+    returns. `receive` takes part in broadcasts; without it, or where nobody broadcasts, the whole version before is
+    loaded.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Follower:
         poll_seconds: float = 0.2,
         mirror_dir: Path | None = None,
         base: Callable[[], Path] | None = None,
+        receive: meeting.Receive | None = None,
     ):
         self.run_id, self.replica, self.service, self.url = run_id, replica, service, url
         self.load, self.poll_seconds, self.mirror_dir, self.base = load, poll_seconds, mirror_dir, base
+        self.receive = receive
         self._mirror: Mirror | None = None
         self.version: Version | None = None
         """What is served; none while that is still the model the server started with."""
@@ -77,6 +81,7 @@ class Follower:
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task] = []
         self._loading: asyncio.Future | None = None
+        self._stopping = False
 
     async def start(self) -> None:
         """Returns at once; redis may be away, and come later."""
@@ -84,6 +89,7 @@ class Follower:
 
     async def stop(self) -> None:
         """Ends the task, after a load in progress, and takes the replica off the list of followers."""
+        self._stopping = True
         await cancel(*self._tasks)
         if self._loading is not None:  # half a load is worse than none
             await asyncio.wait([self._loading])
@@ -151,6 +157,8 @@ class Follower:
             await self._take(weights)
 
     async def _take(self, weights: WeightVersion) -> None:
+        if weights.transport in meeting.TRANSPORTS:
+            return await self._join(weights)
         if weights.transport not in PHASES:
             known = ", ".join(PHASES)
             return self._refuse(weights.id, f"transport {weights.transport!r} is not known here, only {known}")
@@ -172,13 +180,51 @@ class Follower:
         except Exception as error:
             log.exception("%s: loading weights %s failed", self.replica, weights.id)
             return self._refuse(weights.id, f"loading failed: {error!r}")
-        self.version, self._refused, self._attempts, self.refusal = weights.id, None, 0, ""
-        ended = time.monotonic()
-        VERSION.labels(self.service).set(weights.version)
-        LINEAGE.labels(self.service).set(weights.lineage)
         SECONDS.labels(self.service, PHASES[weights.transport]).observe(verified - started)
-        SECONDS.labels(self.service, "load").observe(ended - verified)
-        log.info("%s: serving weights %s after %.2f s", self.replica, weights.id, ended - started)
+        SECONDS.labels(self.service, "load").observe(time.monotonic() - verified)
+        await self._now_serves(weights.id, started)
+
+    async def _join(self, weights: WeightVersion) -> None:
+        """Take part in the broadcast of these weights, or of newer ones; without one, load the whole version before."""
+        started = time.monotonic()
+        try:
+            if self.receive is None:
+                raise meeting.NotCalled("this server takes part in no broadcasts: start it with the run's recipe")
+            await meeting.offered(self._redis, self.run_id)
+            meet = partial(meeting.sit, self._redis, self.run_id, self.replica, lambda: self._stopping)
+            self._loading = asyncio.ensure_future(self.receive(weights, meet))
+            with traces.span("receive weights", weight_version=str(weights.id)):
+                taken = await asyncio.shield(self._loading)
+        except meeting.NotCalled as error:
+            if await pointer.newest_version(self._redis, self.run_id) == weights.id:
+                self._refuse(weights.id, str(error))
+                await self._take_snapshot(weights)
+            return
+        except PASSING:
+            raise
+        except Exception as error:
+            log.exception("%s: receiving weights %s failed", self.replica, weights.id)
+            return self._refuse(weights.id, f"receiving failed: {error!r}")
+        SECONDS.labels(self.service, "load").observe(time.monotonic() - started)
+        await self._now_serves(taken.id, started)
+
+    async def _take_snapshot(self, weights: WeightVersion) -> None:
+        from services.weights.disk import DamagedWeights
+        from services.weights.mirror import snapshot
+
+        try:
+            whole = await asyncio.to_thread(snapshot, weights)
+        except DamagedWeights as error:
+            log.error("%s: the whole version before %s: %s", self.replica, weights.id, error)
+            return
+        if self.version is None or whole.id > self.version:
+            await self._take(whole)
+
+    async def _now_serves(self, version: Version, started: float) -> None:
+        self.version, self._refused, self._attempts, self.refusal = version, None, 0, ""
+        VERSION.labels(self.service).set(version.version)
+        LINEAGE.labels(self.service).set(version.lineage)
+        log.info("%s: serving weights %s after %.2f s", self.replica, version, time.monotonic() - started)
         async with self._changed:
             self._changed.notify_all()
         await self._beat()

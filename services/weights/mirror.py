@@ -20,6 +20,7 @@ from services.contract import Adapter, Version, WeightVersion
 from services.weights import adapter as adapters
 from services.weights import delta, disk
 from services.weights.disk import DamagedWeights
+from services.weights.meeting import TRANSPORTS
 from services.weights.store import MANIFEST, at_hand, is_url, store_of
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,12 @@ def whole(
         mirror.close()
 
 
+def snapshot(weights: WeightVersion) -> WeightVersion:
+    """The whole version that these weights are made from, or were published after; they themselves where they are
+    whole. Raises DamagedWeights."""
+    return _chain(weights, None)[0]
+
+
 def version_at(location: str) -> WeightVersion:
     """The version that lies there: it may have been moved since. Raises OSError, ValidationError."""
     store, name = store_of(location)
@@ -160,7 +167,10 @@ def version_at(location: str) -> WeightVersion:
 
 
 def check(weights: WeightVersion, mirror_dir: Path | None = None) -> None:
-    """Whether what was published of a version is sound. Raises DamagedWeights, OSError."""
+    """Whether what was published of a version is sound; of a broadcast one, the files before it. Raises DamagedWeights,
+    OSError."""
+    if weights.transport in TRANSPORTS:
+        weights = snapshot(weights)
     if weights.adapter is not None:
         with at_hand(weights.location) as folder:
             disk.verify(folder, weights.manifest)

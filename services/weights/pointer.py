@@ -82,7 +82,15 @@ async def leave(redis: AsyncRedis, run_id: str, replica: str) -> None:
 
 async def heartbeats(redis: AsyncRedis, run_id: str, within_seconds: float = 30.0) -> list[Heartbeat]:
     """The replicas that reported within the last seconds (by this machine's clock), by name."""
-    found: Any = await redis.hgetall(Keys(run_id).followers)
+    return _recent(await redis.hgetall(Keys(run_id).followers), within_seconds)
+
+
+def heartbeats_sync(redis: Redis, run_id: str, within_seconds: float = 30.0) -> list[Heartbeat]:
+    """`heartbeats` for the blocking client."""
+    return _recent(redis.hgetall(Keys(run_id).followers), within_seconds)
+
+
+def _recent(found: Any, within_seconds: float) -> list[Heartbeat]:
     beats = []
     for replica, body in sorted(found.items()):
         try:

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 PUBLISHED = Gauge("rlif_weight_published_version", "Newest version this trainer published", ["run"])
 BYTES = Counter(
-    "rlif_weight_published_bytes_total", "Bytes of published weights: disk (whole), delta, adapter", ["transport"]
+    "rlif_weight_published_bytes_total", "Bytes of published weights: disk (whole), delta, adapter, ...", ["transport"]
 )
 
 
@@ -142,6 +142,9 @@ class Publisher:
         SECONDS.labels("trainer", "announce").observe(ended - written)
         log.info("run %s: published weights %s in %.2f s", self.run_id, version, ended - started)
         return weights
+
+    def close(self) -> None:
+        """After the last version."""
 
     def _write(
         self,

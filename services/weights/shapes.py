@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from services.contract import TensorEntry
+
 
 class WeightsMismatch(ValueError):
     """A weight version whose tensors are not those of the served model; the message names the first differences."""
@@ -55,6 +57,11 @@ class Tensors:
         if getattr(text_config, "tie_word_embeddings", False):
             optional.add("lm_head.weight")
         return cls(shapes, frozenset(optional))
+
+    def check_manifest(self, manifest: Iterable[TensorEntry]) -> None:
+        """Raises WeightsMismatch unless the manifest names these tensors."""
+        if self.shapes:
+            check_shapes({entry.name: tuple(entry.shape) for entry in manifest}, self.shapes, self.optional)
 
     def check(self, folder: Path) -> None:
         """Raises WeightsMismatch unless the folder holds these tensors."""
