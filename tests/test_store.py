@@ -16,6 +16,7 @@ from test_delta import steps
 from test_weights import Server, flip, metric, remove, same, some_tensors, truncate, until
 
 from services.contract import Version
+from services.recipe import RecipeError
 from services.recipe_sections import Weights
 from services.redis import connect_sync
 from services.startup import StartupError
@@ -218,7 +219,7 @@ def test_who_may_not_write_is_told_so_at_once(redis, run_id, place, monkeypatch)
     assert time.monotonic() - began < 10 and "wrong-but" not in str(raised.value)
 
 
-def test_a_run_is_exported_from_its_bucket(publisher, place, tmp_path, run_id):
+def test_a_run_is_exported_from_its_bucket(publisher, place, tmp_path, run_id, monkeypatch, caplog):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text("{}")
     made = steps(2)
@@ -232,6 +233,10 @@ def test_a_run_is_exported_from_its_bucket(publisher, place, tmp_path, run_id):
     )
     assert export(run, tmp_path / "out") == V(version=1)
     assert same(load_file(tmp_path / "out" / "model.safetensors"), made[1])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(RecipeError, match="neither published weights nor a checkpoint"):
+        export(run, tmp_path / "none")
+    assert "cannot be looked at: s3://" in caplog.text
 
 
 # ---- what a recipe may say -----------------------------------------------------------------------------------------

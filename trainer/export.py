@@ -165,9 +165,14 @@ def _newest(directory: Path, sound: Callable[[Path], bool]) -> tuple[Version, Pa
 
 
 def _published(place: Path | str, base: Callable[[], Path] | None) -> tuple[Version, WeightVersion] | None:
-    """The newest published version that is sound."""
+    """The newest published version that is sound. Raises StartupError: the client of a bucket is not installed."""
     store = store_at(place)
-    for version, files in reversed(store.versions()):
+    try:
+        found = store.versions()
+    except OSError as error:
+        log.warning("what was published cannot be looked at: %s", error)
+        return None
+    for version, files in reversed(found):
         location = store.location(f"{version.lineage}-{version.version}")
         if MANIFEST in files:
             try:
