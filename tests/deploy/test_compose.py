@@ -1,6 +1,7 @@
 """compose.yaml without an engine: its schema, what it lets out and in, and that every command line means something."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from composition import PARTS, ROOT, SECRETS, arguments, composed, interpolated, ours, python, run
+from podman_compose import rec_subs
 from typer.main import get_command
 
 from services import recipe
@@ -149,7 +151,7 @@ def test_the_parts_of_a_run_agree(path, gpu, inside):
     given = parsed(arguments(services[f"trainer{gpu}"]))[1]
     assert given["resume"] is True and given["resume_from"] is None
     begun = arguments(composed(RESUME_FROM="cache/base", RECIPE=path)[f"trainer{gpu}"])
-    assert parsed(begun)[1]["resume_from"] == Path("cache/base") and parsed(begun)[1]["resume"] is True
+    assert parsed(begun)[1]["resume_from"] == Path("cache/base")
     assert told.tracking.metrics_port == trained.tracking.metrics_port
     if gpu:
         devices = {
@@ -182,6 +184,15 @@ def test_copies_of_the_weights_lie_in_a_volume_not_in_memory(gpu, inside):
         folder = chosen(service, inside).weights.mirror_dir
         places = [volume.split(":")[1] for volume in service["volumes"] if not volume.endswith(":ro")]
         assert any((Path("/srv/rlif") / folder).is_relative_to(place) for place in places), part
+
+
+@pytest.mark.parametrize("settings", [{}, {"RESUME_FROM": "cache/base"}])
+def test_a_command_is_the_same_whether_it_is_split_or_filled_in_first(settings):
+    """Docker's Compose fills in first, podman-compose splits first."""
+    for name, service in ours(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]).items():
+        if "command" in service:
+            words = [rec_subs(word, settings) for word in shlex.split(service["command"])]
+            assert words == arguments(composed(**settings)[name]), name
 
 
 def test_weights_and_runs_are_written_by_the_trainer_alone():
