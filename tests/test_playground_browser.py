@@ -10,8 +10,8 @@ import pytest
 from served import served
 
 from reward_server.app import Settings, create
-from reward_server.playground.tokens import number
 from services.access import HttpSettings
+from services.pages.shading import number
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
