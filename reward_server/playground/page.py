@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 ASSETS = {
     "page.css": frame.SHARED / "page.css",
     "page.js": HERE / "static" / "page.js",
+    "tokens.js": frame.SHARED / "tokens.js",
     "icon.svg": frame.SHARED / "icon.svg",
 }
 PATHS = frozenset({"/", "/playground/session", *(f"/playground/{name}" for name in ASSETS)})

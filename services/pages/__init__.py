@@ -1,1 +1,1 @@
-"""What rlif's pages for people share: headers and templates, a browser's session, the theme, tokens as they are shown."""
+"""What rlif's pages for people share: headers, templates, a browser's session, the theme, tokens as they are shown."""
