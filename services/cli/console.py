@@ -1,11 +1,14 @@
 """`rlif console`, `rlif report`: look at a run, while it goes on or afterwards."""
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from services import logs
 from services.cli.watch import watch
 from services.recipe_sections import REDIS_SCHEMES, of_scheme
 from services.startup import StartupError
@@ -41,3 +44,18 @@ def console(
 
     settings = settings_from_environment(host)
     serve(create(Source(url, run, tuple(reward or ()), run_dir), settings), host, port, drain_seconds=2)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    out: Annotated[Path, typer.Argument(help="HTML file to write.")],
+    over: Annotated[
+        list[Path] | None, typer.Option(help="Folder of another run whose curves are laid over; may be repeated.")
+    ] = None,
+) -> None:
+    """Write what the console shows of a run into one file that can be mailed."""
+    logs.configure("WARNING")
+    from services.console.report import write
+
+    asyncio.run(write(run, out, over or []))
+    Console().print(f"{out}: {out.stat().st_size / 1e3:.0f} kB", highlight=False)

@@ -16,8 +16,8 @@ Row = dict[str, Any]
 
 class History:
     """`rows` are the surviving steps' numbers, by step; `times` when each was told (Unix seconds of redis' clock);
-    `fields` the names that any step had a number of. `undone` counts how often a part of the steps was lost to a restart
-    or a roll-back."""
+    `fields` the names that any step had a number of. `undone` counts how often a part of the steps was lost to a
+    restart or a roll-back."""
 
     def __init__(self, redis: Any, run_id: str):
         self.redis, self.run_id = redis, run_id

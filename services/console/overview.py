@@ -38,11 +38,12 @@ class Replica:
 
 @dataclass(frozen=True)
 class Guard:
-    """`tone`: `good`, `bad` or `plain`."""
+    """`tone`: `good`, `bad` or `plain`. `alarms` that last, and all that were `told`, the newest first."""
 
     tone: str
     words: str
     alarms: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,12 +205,11 @@ def guard(orchestrator: Mapping[str, Any], verdicts: list[dict[str, Any]]) -> Gu
     state = orchestrator.get("guard")
     told = tuple(str(one["message"]) for one in sorted(verdicts, key=lambda one: one["at"], reverse=True)[:8])
     if state is None:
-        return Guard("plain", "It is off, or its orchestrator has not reported.", told)
+        return Guard("plain", "It is off, or its orchestrator has not reported.", told=told)
     does = ACTIONS.get(state["action"], state["action"])
     if state["alarms"]:
-        return Guard("bad", f"Alarm ({does}): {'; '.join(state['alarms'])}.", told)
+        return Guard("bad", f"Alarm: this looks like a collapse; {does}.", tuple(state["alarms"]), told)
     if state["judged"] < state["baseline"]:
         seen = f"{state['judged']} of {state['baseline']} steps"
-        return Guard("plain", f"It is still learning what is normal ({seen}); {does}.", told)
-    past = f" {len(verdicts)} earlier alarm{'s are' if len(verdicts) != 1 else ' is'} over." if verdicts else ""
-    return Guard("good", f"No sign of collapse up to step {state['judged']}; {does}.{past}", told)
+        return Guard("plain", f"It is still learning what is normal ({seen}); {does}.", told=told)
+    return Guard("good", f"No sign of collapse up to step {state['judged']}; {does}.", told=told)

@@ -18,13 +18,11 @@ SCORE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Shown:
-    """One completion. `text` is cut; `tokens` are empty where they are not shaded. `mean_logprob` is the behaviour
-    policy's, at the sampling temperature."""
+    """One completion. `tokens` are empty where they are not shaded. `mean_logprob` is the behaviour policy's, at the
+    sampling temperature."""
 
     completion: Completion
     score: CompletionScore
-    text: str
-    is_cut: bool
     mean_logprob: float | None
     tokens: list[Token]
 
@@ -84,5 +82,4 @@ def _tokens(result: ScoreResult, scales: list[Scale]) -> list[Token]:
 
 def _shown(made: Completion, score: CompletionScore, found: list[Token]) -> Shown:
     mean = sum(made.logprobs) / len(made.logprobs) if made.logprobs else None
-    is_cut = len(made.text) > MOST_CHARACTERS or 0 < len(found) < len(made.token_ids)
-    return Shown(made, score, made.text[:MOST_CHARACTERS], is_cut, mean, found)
+    return Shown(made, score, mean, found)

@@ -26,6 +26,13 @@ const Charts = (() => {
     return [null, null];
   }
 
+  // A flat curve lies in the middle.
+  function range(plot, low, high) {
+    if (low === null) return [0, 1];
+    const margin = high > low ? 0.08 * (high - low) : Math.max(0.5, 0.1 * Math.abs(high));
+    return [low - margin, high + margin];
+  }
+
   function options(chart, runs, width, point) {
     const axis = {
       stroke: color("--muted"),
@@ -38,7 +45,7 @@ const Charts = (() => {
       height: HEIGHT,
       legend: { show: false },
       cursor: { sync: { key: together.key }, y: false, drag: { x: false, y: false } },
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, y: { range } },
       axes: [{ ...axis, size: 28 }, { ...axis, size: 52 }],
       series: [
         {},
