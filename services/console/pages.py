@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import ORJSONResponse
 
 from services.access import HttpSettings
 from services.clients import CallError
@@ -176,7 +176,7 @@ def _add_data(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
         admit(request)
         try:
             found = await curves.answer(desk, request.query_params.getlist("over"))
-            return ORJSONResponse(found, headers=frame.HEADERS)
+            return Response(orjson.dumps(found), headers=frame.HEADERS, media_type="application/json")
         except DeadlineExceeded as error:
             raise Problem(503, "The run cannot be read", str(error), retry_after=2) from error
 
