@@ -123,9 +123,11 @@ async def _look(desk: Desk) -> Overview:
     trainer, orchestrator = (_status(statuses, name) for name in (b"trainer", b"orchestrator"))
     state, tone = words(trainer, orchestrator, paused.paused)
     last, pace = history.last or {}, history.pace()
-    steps, step = trainer.get("steps"), int(trainer.get("step", last.get("step", 0)))
-    running = trainer.get("state") in ("waiting", "training") and not paused.paused
-    known = running and pace is not None and steps is not None
+    steps: int | None = trainer.get("steps")
+    step = int(trainer.get("step", last.get("step", 0)))
+    left = None
+    if steps is not None and pace is not None and trainer.get("state") in ("waiting", "training") and not paused.paused:
+        left = (steps - step) * pace
     return Overview(
         run=run_id,
         state=state,
@@ -141,7 +143,7 @@ async def _look(desk: Desk) -> Overview:
         generation_tokens=float(orchestrator.get("tokens_per_second", 0.0)),
         groups=float(orchestrator.get("groups_per_second", 0.0)),
         pace=pace,
-        seconds_left=(steps - step) * pace if known else None,
+        seconds_left=left,
         replicas=tuple(
             Replica(
                 beat.replica,
