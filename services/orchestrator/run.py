@@ -138,9 +138,8 @@ async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
 
 
 class Loop:
-    """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet, `again` those
-    before it that were given up and are to be made again (`retries`: how many were asked for), `floor` the lowest
-    lineage whose groups counted when it began."""
+    """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet, `again` counts
+    dead groups that were admitted besides, `floor` is the lowest lineage whose groups counted when it began."""
 
     def __init__(
         self,
@@ -155,8 +154,7 @@ class Loop:
         self.evaluator, self.guard = evaluator, guard
         self.evaluating: asyncio.Task[Result] | None = None
         self.ended = False
-        self.cursor = self.floor = self.retries = 0
-        self.again: set[int] = set()
+        self.cursor = self.floor = self.again = 0
         self.seen: set[str] | None = None
         self.running: dict[asyncio.Task[None], Chunk] = {}
         self.reminded = time.monotonic()
@@ -165,7 +163,7 @@ class Loop:
         """Returns the exit code."""
         desk = self.desk
         await desk.watch.refresh()
-        self.floor, self.retries = desk.watch.floor, len(desk.watch.retried)
+        self.floor = desk.watch.floor
         if self.evaluator is not None:
             await self.evaluator.load()
         followers = [asyncio.create_task(desk.watch.follow())]
@@ -202,7 +200,7 @@ class Loop:
                 else:
                     if desk.watch.version is not None and self.seen is None:
                         # Not before: a trainer that publishes has told a redis that lost its data what was trained.
-                        self.seen = await desk.queue.seen()
+                        self.seen = await self._begin_order()
                         log.info("%d groups were pushed or given up before this start", len(self.seen))
                     await self._go_back()
                     if all(probe.done() for probe in probes):
@@ -235,21 +233,20 @@ class Loop:
         desk.tally.state = "running" if desk.watch.version is not None else "waiting for the trainer's first weights"
 
     def _retried_chunk(self) -> Chunk | None:
-        """A group that was given up and is to be made again, once the trainer can take one more. Those from `cursor` on
-        come in their order anyway."""
+        """A group that was given up and is to be made again, once the trainer can take one more."""
         watch = self.desk.watch
-        new, self.retries = watch.retried[self.retries :], len(watch.retried)
-        self.again |= {index for index in new if index < self.cursor}
-        if not self.again or watch.version is None:
+        waiting = watch.retried[watch.retried_before + self.again :]
+        if not waiting or watch.version is None or not self._has_room(watch.version.version):
             return None
-        version = watch.version.version
+        self.again += 1
+        log.info("the group of index %d, which was given up, is made again", waiting[0])
+        return Chunk([waiting[0]], floor=watch.version.version)
+
+    def _has_room(self, version: int) -> bool:
+        """Whether one more group may be admitted."""
         oldest = min((chunk.floor for chunk in self.running.values()), default=None)
-        if self.cursor > self.desk.pace.capacity(version, oldest, watch.dead_below(self.cursor)):
-            return None
-        index = min(self.again)
-        self.again.remove(index)
-        log.info("the group of index %d, which was given up, is made again", index)
-        return Chunk([index], floor=version)
+        gone = self.desk.watch.dead_below(self.cursor)
+        return self.cursor + self.again < self.desk.pace.capacity(version, oldest, gone)
 
     def _next_chunk(self) -> Chunk | None:
         """The next groups to make, cut where `groups_per_request` or the capacity ends."""
@@ -257,12 +254,9 @@ class Loop:
         assert desk.watch.version is not None and self.seen is not None
         size, version = desk.recipe.rollout.groups_per_request, desk.watch.version.version
         while True:
-            oldest = min((chunk.floor for chunk in self.running.values()), default=None)
             first = self.cursor
             end = (first // size + 1) * size
-            while self.cursor < end and self.cursor < desk.pace.capacity(
-                version, oldest, desk.watch.dead_below(self.cursor)
-            ):
+            while self.cursor < end and self._has_room(version):
                 self.cursor += 1
             if self.cursor == first:
                 return None
@@ -300,7 +294,13 @@ class Loop:
         self.running, self.evaluating = {}, None
         if self.evaluator is not None:
             await self.evaluator.forget(version.version)
-        self.cursor, self.seen, self.again = 0, await desk.queue.seen(), set()
+        self.cursor = self.again = 0
+        self.seen = await self._begin_order()
+
+    async def _begin_order(self) -> set[str]:
+        """The ids of all groups that need not be made."""
+        await self.desk.watch.forget_retried()
+        return await self.desk.queue.seen()
 
     async def _evaluate(self) -> None:
         """Take the result of an evaluation that ended, and start the one that is due."""
