@@ -12,6 +12,11 @@ from browser import browsing, needs_browser
 from faults.faulty_run import Run, write_recipe
 from selenium.webdriver.support.ui import WebDriverWait
 
+from services import codec
+from services.contract import ScoredGroup
+from services.keys import Keys
+from services.redis import connect_sync
+
 pytestmark = [pytest.mark.slow, needs_browser, pytest.mark.timeout(400)]
 
 AXE = (Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js").read_text()
@@ -51,8 +56,9 @@ def until(browser, told, what):
 
 
 def tile(browser, name):
-    tiles = {found.text.split("\n")[0]: found.text.split("\n")[1] for found in browser.all("#state .tiles > div")}
-    return tiles[name]
+    """At one moment: the panel is replaced while it is looked at."""
+    script = "return [...document.querySelectorAll('#state .tiles > div')].map(e => e.innerText.split('\\n'))"
+    return {lines[0]: lines[1] for lines in browser.run(script)}[name]
 
 
 def is_sound(browser):
@@ -84,7 +90,8 @@ def test_curves_move_and_other_runs_are_laid_over(browser, run):
     until(browser, lambda: int(tile(browser, "Step").split()[0]) > step, "the step rises by itself")
     label = lambda: browser.one("[data-field=entropy] .plot").get_attribute("aria-label")  # noqa: E731
     until(browser, lambda: label() != first, "curves move")
-    assert {row.text.split()[0] for row in browser.all("#state tbody th")} == {"reward", "rollout"}
+    names = browser.run("return [...document.querySelectorAll('#state tbody th')].map(e => e.innerText.split(' ')[0])")
+    assert set(names) == {"reward", "rollout"}
     browser.one(".over summary").click()
     browser.one("[name=over][value=earlier]").click()
     until(browser, lambda: [item.text for item in browser.all("#legend li")] == ["watched", "earlier"], "both runs")
@@ -135,6 +142,7 @@ def test_pause_stops_admission(browser, run):
     pushed, step = status()["groups_pushed"], run.last_step()
     time.sleep(2)
     assert (status()["groups_pushed"], run.last_step()) == (pushed, step)
+    values_are_those_of_the_api(run)
     browser.open(run.url)
     assert "Paused" in browser.one(".headline").text
     browser.open(run.url + "/console/control")
@@ -142,6 +150,24 @@ def test_pause_stops_admission(browser, run):
     browser.one("[data-post='/v1/run/resume']").click()
     until(browser, lambda: browser.one("#outcome").text == "Resumed", "it goes on")
     run.wait_step(step + 2)
+
+
+def values_are_those_of_the_api(run):
+    """While the weights stay as they are."""
+    entry = re.search(r"entry=([0-9-]+)", httpx.get(run.url + "/console/samples").text)[1]
+    page = httpx.get(run.url + "/console/group", params={"entry": entry, "shade": "true"}, timeout=60).text
+    recipe = yaml.safe_load((run.dir / "recipe.yaml").read_text())
+    with connect_sync(recipe["queue"]["url"]) as redis:
+        (_, fields), *_ = redis.xrange(Keys("watched").samples, entry, entry)
+    group = codec.unpack_as(ScoredGroup, fields[b"group"])
+    items = [
+        {"prompt_token_ids": group.prompt_token_ids, "completion_token_ids": made.token_ids}
+        for made in group.completions
+    ]
+    body = {"items": items, "metrics": ["self_certainty"], "per_token": True}
+    answer = httpx.post(recipe["scorer"]["urls"][0] + "/v1/score", json=body, timeout=60).json()
+    values = [f"{value:.3f}" for one in answer["results"] for value in one["per_token"].get("self_certainty", [])]
+    assert re.findall(r"Self-certainty ([\d.]+)\n", page) == values and len(values) > 4
 
 
 def test_a_spec_is_previewed_and_then_applied(browser, run):

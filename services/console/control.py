@@ -13,6 +13,7 @@ from services.access import require_admin
 from services.commands import Stop
 from services.console import preview
 from services.console.overview import look
+from services.console.samples import ENTRY
 from services.console.source import PATIENCE_SECONDS, Desk
 from services.pages import session
 from services.problem import Problem
@@ -78,6 +79,8 @@ def router(desk: Desk) -> APIRouter:
     async def retry(entry_id: str) -> dict[str, int]:
         """Make a group again that was given up, by the newest weights."""
         try:
+            if not ENTRY.fullmatch(entry_id):
+                raise KeyError(entry_id)
             return {"index": await desk.queue.retry(entry_id)}
         except DeadlineExceeded as error:
             raise Problem(503, "The run cannot be reached", str(error), retry_after=2) from error

@@ -69,7 +69,7 @@ def _add_pages(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
         return await frame.render(TEMPLATES, template, status, {**shared, **facts})
 
     async def refused(status: int, message: str) -> Response:
-        return await frame.render(TEMPLATES, "signin.html", status, {"message": message, "run": desk.run_id})
+        return await frame.render(TEMPLATES, "signin.html", status, {"message": message, "run": ""})
 
     async def away(request: Request, error: DeadlineExceeded) -> Response:
         return await show(request, "away.html", reason=str(error), status=503)

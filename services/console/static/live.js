@@ -57,12 +57,23 @@ function add(rows) {
   freshness.textContent = `Step ${found.step}, ${new Date().toLocaleTimeString()}`;
 }
 
+// Only the parts that changed, so that what is being read stays. The HTML is of the server's templates, which escape.
+function showState(html) {
+  const made = document.createElement("div");
+  made.innerHTML = html;
+  const shown = document.getElementById("state");
+  if (made.children.length !== shown.children.length) return shown.replaceChildren(...made.children);
+  [...made.children].forEach((part, place) => {
+    if (!part.isEqualNode(shown.children[place])) shown.children[place].replaceWith(part);
+  });
+}
+
 function follow() {
   const from = new URLSearchParams({ since: found ? found.step : 0, undone: found ? found.undone : 0 });
   source = new EventSource(`/console/events?${from}`);
   source.addEventListener("state", (event) => {
     const news = JSON.parse(event.data);
-    document.getElementById("state").innerHTML = news.html; // made by the server's templates, which escape
+    showState(news.html);
     if (state && news.state !== state) said.textContent = `The run is ${news.state}`;
     state = news.state;
   });
