@@ -704,7 +704,7 @@ def test_bad_previews_name_the_field(reward_url):
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
-def test_the_report_is_one_file_that_asks_nobody(run, tmp_path, tiny_model):
+def test_the_report_is_one_file_that_asks_nobody(run, tmp_path):
     run_dir, other = tmp_path / "run", tmp_path / "other"
     for folder in (run_dir, other):
         folder.mkdir()
@@ -712,7 +712,7 @@ def test_the_report_is_one_file_that_asks_nobody(run, tmp_path, tiny_model):
         (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "run": {"name": run.name, "dir": str(run_dir)},
-        "model": {"path": str(tiny_model)},
+        "model": {"path": "unused"},
         "data": {"path": "x.jsonl", "fields": {"prompt": "p"}},
         "rewards": "length",
         "trainer": {"steps": 10, "groups_per_step": 1},

@@ -138,9 +138,9 @@ def test_pause_stops_admission(browser, run):
         return httpx.get(run.url + "/v1/status").json()
 
     until(browser, lambda: status()["state"] == "paused" and status()["groups_in_flight"] == 0, "all is finished")
-    time.sleep(1)
+    time.sleep(0.5)
     pushed, step = status()["groups_pushed"], run.last_step()
-    time.sleep(2)
+    time.sleep(1)
     assert (status()["groups_pushed"], run.last_step()) == (pushed, step)
     values_are_those_of_the_api(run)
     browser.open(run.url)

@@ -848,7 +848,9 @@ async def test_a_second_roll_back_to_the_same_place_stops_the_run_and_restarts_r
             await trainer.train()
             await tell(trainer, start=2, completion_length=length)
         stop = await answer(trainer, "stop")
-        assert stop.reason.startswith("again within 50 steps of a roll-back to step 2: step 5: length")
+        assert stop.reason.startswith(
+            "by the collapse guard: again within 50 steps of a roll-back to step 2: step 5: length"
+        )
         orders = await commands.after(trainer.queue.redis, trainer.run, 0)
         assert [order.kind for order in orders] == ["roll_back", "stop"]
         await obey(trainer, stop)
@@ -931,7 +933,7 @@ async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(
 
 
 async def test_pause_admits_nothing_and_resume_goes_on(make_recipe, clean, rollouts, reward_server):
-    chosen = make_recipe(trainer__batch_deadline_seconds=2.0)
+    chosen = make_recipe(trainer__batch_deadline_seconds=1.0)
     trainer = Trainer(clean.url, chosen.run.name, rollouts)
     redis, run = connect(clean.url), chosen.run.name
     async with running(chosen, clean, rollouts.url, reward_server) as task:
@@ -943,7 +945,7 @@ async def test_pause_admits_nothing_and_resume_goes_on(make_recipe, clean, rollo
         made, queued = len(rollouts.made), (await trainer.queue.depth()).queued
         for _ in range(queued // PER_STEP):
             await trainer.train()
-        await asyncio.sleep(2.5)  # longer than the trainer may otherwise be without a step
+        await asyncio.sleep(1.5)  # longer than the trainer may otherwise be without a step
         assert len(rollouts.made) == made and not task.done()
         await pause.put(redis, run, False)
         while len(trainer.steps) < STEPS:
@@ -970,7 +972,7 @@ async def test_a_dead_group_is_made_again_on_demand(make_recipe, clean, rollouts
 
 
 async def test_an_order_to_stop_ends_the_orchestrator_of_any_recipe(make_recipe, clean, rollouts, reward_server):
-    chosen = make_recipe()
+    chosen = make_recipe(run__name="stopped")
     assert not chosen.has_orders
     trainer = Trainer(clean.url, chosen.run.name, rollouts)
     redis = connect(clean.url)

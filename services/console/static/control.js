@@ -8,6 +8,7 @@ const field = document.getElementById("admin-token");
 const outcome = document.getElementById("outcome");
 if (field) {
   field.value = sessionStorage.getItem(KEY) || "";
+  field.form.addEventListener("submit", (event) => event.preventDefault());
   field.addEventListener("input", () => sessionStorage.setItem(KEY, field.value));
 }
 
