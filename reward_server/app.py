@@ -17,6 +17,7 @@ from reward_server.calls import Calls
 from reward_server.encoding import Encoder
 from reward_server.evaluate import Means, score_groups
 from reward_server.playground import page
+from reward_server.preview import preview
 from reward_server.rewards import REWARDS, math_verify
 from reward_server.sandbox.choice import choose
 from reward_server.scorer import engines
@@ -26,6 +27,8 @@ from reward_server.specs import SpecError, named_spec
 from reward_server.workers import WorkerPool
 from services.access import HttpSettings, require_admin
 from services.api import (
+    PreviewRequest,
+    PreviewResponse,
     RewardEntry,
     RewardGroup,
     RewardsList,
@@ -245,6 +248,12 @@ def _add_spec_routes(app: FastAPI, specs: Specs) -> None:
     async def list_versions(name: str) -> SpecVersions:
         """The versions of a name that are kept, oldest first."""
         return SpecVersions(versions=[item.describe() for item in await specs.history(name)])
+
+    @app.post("/v1/specs/preview", tags=["specs"])
+    async def preview_spec(body: PreviewRequest) -> PreviewResponse:
+        """What a spec would make of scores that were measured before: rewards and advantages. Nothing is computed anew,
+        and nothing is put."""
+        return await asyncio.to_thread(preview, body.spec, body.groups, specs.have)
 
     @app.put("/v1/specs/{name}", tags=["specs"], dependencies=[require_admin])
     async def put_spec(name: str, spec: RewardSpec) -> SpecEntry:

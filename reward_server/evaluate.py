@@ -79,7 +79,7 @@ def check_groups(spec: RewardSpec, groups: list[RewardGroup]) -> None:
         }
         for term in spec.rewards:
             for need in REWARDS[term.name].needs:
-                if lacking.get(need) and is_routed(term, group.task):
+                if lacking.get(need) and is_routed(term, group.task.source):
                     task = f"task {group.task.task_id!r}, source {group.task.source!r}"
                     detail = f"the reward {term.key!r} needs it ({task})"
                     raise Problem(422, "A reference is missing", detail, f"groups[{place}].task.{need}")
@@ -88,7 +88,7 @@ def check_groups(spec: RewardSpec, groups: list[RewardGroup]) -> None:
 async def _term_scores(term: RewardTerm, params: Params, group: RewardGroup, context: Context) -> list[Score]:
     """One term on one group. A reward that breaks yields `error` scores: the other rewards' work is kept."""
     started = time.monotonic()
-    if is_routed(term, group.task):
+    if is_routed(term, group.task.source):
         try:
             scores = await REWARDS[term.name].score(group, params, context)
         except Problem:
@@ -115,7 +115,7 @@ async def _components(
     scorings = [
         scoring(params[term.key])
         for term in spec.rewards
-        if (scoring := REWARDS[term.name].scoring) is not None and is_routed(term, group.task)
+        if (scoring := REWARDS[term.name].scoring) is not None and is_routed(term, group.task.source)
     ]
     tasks: dict[str, asyncio.Future[list[Score]]] = {}
     context.others = tasks

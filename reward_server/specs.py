@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from reward_server.presets import PRESETS
 from reward_server.reward import UNAVAILABLE, Params, Reward
 from reward_server.rewards import REWARDS
-from services.contract import Task
 from services.spec import RewardSpec, RewardTerm
 
 EVERY_PART = frozenset(UNAVAILABLE)
@@ -96,5 +95,6 @@ def _check_dependencies(spec: RewardSpec, params: dict[str, Params]) -> None:
         raise SpecError("rewards", f"the terms {' <- '.join(error.args[1])} build on each other") from error
 
 
-def is_routed(term: RewardTerm, task: Task) -> bool:
-    return term.sources is None or task.source in term.sources
+def is_routed(term: RewardTerm, source: str) -> bool:
+    """Whether the term counts for tasks of that source."""
+    return term.sources is None or source in term.sources

@@ -12,6 +12,7 @@ from services.contract import (
     Items,
     Message,
     Sampling,
+    Score,
     Task,
     TokenIds,
     Version,
@@ -183,6 +184,46 @@ class RewardsRequest(Wire):
 
 class RewardsResponse(Wire):
     groups: Items[GroupScores]
+
+
+# ---- POST /v1/specs/preview ------------------------------------------------------------------------------------
+
+
+class PreviewGroup(Wire):
+    """Scores of a group that were measured: by component, one for each of its `size` completions."""
+
+    group_id: str = Field(min_length=1, max_length=128)
+    source: str = Field("default", min_length=1, max_length=128)
+    size: int = Field(ge=1, le=1024)
+    components: dict[str, Items[Score]] = Field(max_length=64)
+    weight_version: Version | None = None
+
+    @model_validator(mode="after")
+    def one_score_a_completion(self) -> Self:
+        for key, scores in self.components.items():
+            if len(scores) != self.size:
+                raise ValueError(f"components: {key!r} has {len(scores)} scores for {self.size} completions")
+        return self
+
+
+class PreviewRequest(Wire):
+    spec: RewardSpec
+    groups: Items[PreviewGroup] = Field(min_length=1, max_length=1024)
+
+    @model_validator(mode="after")
+    def bounded(self) -> Self:
+        count = sum(group.size for group in self.groups)
+        if count > MOST_COMPLETIONS:
+            raise ValueError(f"groups: at most {MOST_COMPLETIONS} completions in one call (got {count})")
+        return self
+
+
+class PreviewResponse(Wire):
+    """`missing`: terms of the spec that some group they are routed to has no scores of; there they count as missing."""
+
+    groups: Items[GroupScores]
+    spec_id: str
+    missing: Items[str]
 
 
 # ---- GET /v1/rewards, /v1/specs, /v1/model ---------------------------------------------------------------------

@@ -28,6 +28,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from services import codec, traces
 from services.api import (
+    PreviewGroup,
+    PreviewRequest,
+    PreviewResponse,
     RewardEntry,
     RewardGroup,
     RewardsList,
@@ -331,6 +334,18 @@ class RewardClient(ServiceClient):
     async def put_spec(self, name: str, spec: RewardSpec, deadline_seconds: float | None = None) -> SpecEntry:
         """Install or replace a spec (admin token)."""
         return await self.call("PUT", _spec_path(name), SpecEntry, spec, deadline_seconds, admin=True)
+
+    async def preview_spec(
+        self, spec: RewardSpec, groups: list[PreviewGroup], deadline_seconds: float | None = None
+    ) -> PreviewResponse:
+        """What a spec makes of scores that were measured. Raises ServerFault when the answer is for other groups."""
+        body = PreviewRequest(spec=spec, groups=groups)
+        response = await self.call("POST", "/v1/specs/preview", PreviewResponse, body, deadline_seconds)
+        asked = [(group.group_id, group.size) for group in groups]
+        given = [(group.group_id, len(group.scores)) for group in response.groups]
+        if given != asked:
+            raise ServerFault(self.url, f"asked for scores of {asked}, got {given}"[:600], "answer")
+        return response
 
     async def delete_spec(self, name: str, deadline_seconds: float | None = None) -> None:
         """Remove a spec that was put (admin token)."""

@@ -12,7 +12,8 @@ class Keys:
     `weights_offer` and `weights_call` (JSON) and `weights_seats` (hash replica -> JSON); `followers` hash replica ->
     JSON; `specs` hash name -> JSON; `status` hash service -> JSON; `steps` stream of what the trainer measured;
     `commands` list of orders to the trainer, `command_ids` the set of their ids, `commands_obeyed` hash id -> JSON;
-    `evaluations` hash version -> JSON; `verdicts` hash id -> JSON of the guard's alarms."""
+    `evaluations` hash version -> JSON; `verdicts` hash id -> JSON of the guard's alarms; `pause` JSON; `samples`
+    stream of the last scored groups; `retried` list of indices of dead groups to make again."""
 
     run_id: str
 
@@ -106,3 +107,15 @@ class Keys:
     @property
     def verdicts(self) -> str:
         return self._key("verdicts")
+
+    @property
+    def pause(self) -> str:
+        return self._key("pause")
+
+    @property
+    def samples(self) -> str:
+        return self._key("samples")
+
+    @property
+    def retried(self) -> str:
+        return self._key("retried")

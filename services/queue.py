@@ -61,8 +61,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class DeadGroup:
-    """`payload` is the packed group as far as it was ever made, possibly empty or undecodable."""
+    """`payload` is the packed group as far as it was ever made, possibly empty or undecodable; `entry_id` its place in
+    the dead-letter stream."""
 
+    entry_id: str
     group_id: str
     index: int
     reason: str
@@ -137,6 +139,13 @@ class GroupQueue:
         buried = bool(await self._run(scripts.BURY, keys, arguments, f"bury {group_id}"))
         DEAD.labels(self.run_id).inc(buried)
         return buried
+
+    async def keep(self, group: ScoredGroup, most: int) -> None:
+        """Keep the group for people to look at, when it is long trained and acknowledged: the last `most` are."""
+        fields = {"group": codec.pack(group)}
+        await self._insist(
+            lambda: self.redis.xadd(self.keys.samples, fields, maxlen=most, approximate=False), f"keep {group.group_id}"
+        )
 
     async def seen(self) -> set[str]:
         """The ids of all groups pushed or buried since the run began."""
@@ -250,9 +259,31 @@ class GroupQueue:
         """The dead-letter stream, oldest first."""
         found = await self._insist(lambda: self.redis.xrange(self.keys.dead), "read dead groups")
         return [
-            DeadGroup(fields[b"id"].decode(), int(fields[b"index"]), fields[b"reason"].decode(), fields[b"group"])
-            for _, fields in found
+            DeadGroup(
+                entry_id.decode(),
+                fields[b"id"].decode(errors="replace"),
+                int(fields[b"index"]),
+                fields[b"reason"].decode(errors="replace"),
+                fields[b"group"],
+            )
+            for entry_id, fields in found
         ]
+
+    async def retry(self, entry_id: str) -> int:
+        """Take a group out of the dead-letter stream and have the orchestrator make it again, by the newest weights.
+        Returns its index. Raises KeyError (no such entry) and ValueError (nobody knows which group it was)."""
+        keys = [self.keys.dead, self.keys.pushed, self.keys.retried]
+        index = int(await self._run(scripts.RETRY, keys, [entry_id], f"retry the dead group {entry_id}"))
+        if index == -1:
+            raise KeyError(entry_id)
+        if index < 0:
+            raise ValueError(f"entry {entry_id} is too damaged to say which group it was")
+        return index
+
+    async def retried(self) -> list[int]:
+        """The indices of the groups to be made again, as they were asked for."""
+        found = await self._insist(lambda: self.redis.lrange(self.keys.retried, 0, -1), "read groups to be made again")
+        return [int(index) for index in found]
 
     # ---- how -----------------------------------------------------------------------------------------------------
 

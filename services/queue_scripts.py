@@ -22,6 +22,18 @@ redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('HSET', KEYS[2], ARGV[1], 'left_out')
 return 1
 """
+# Of a damaged entry nobody knows which group it was.
+RETRY = """
+local found = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
+if not found then return -1 end
+local fields = {}
+for i = 1, #found[2], 2 do fields[found[2][i]] = found[2][i + 1] end
+if redis.call('HGET', KEYS[2], fields['id']) ~= 'dead' or fields['id'] == '?' then return -2 end
+redis.call('XDEL', KEYS[1], ARGV[1])
+redis.call('HDEL', KEYS[2], fields['id'])
+redis.call('RPUSH', KEYS[3], fields['index'])
+return tonumber(fields['index'])
+"""
 CLAIM_LINEAGE = """
 local stored, lineage = redis.call('GET', KEYS[1]), tonumber(ARGV[1])
 if stored and tonumber(stored) + 1 > lineage then lineage = tonumber(stored) + 1 end

@@ -138,6 +138,8 @@ class Tracking(Section):
     """Beside `steps.jsonl`, which is always written. Every `samples_every` steps the step's samples are kept, with
     their components, in `samples/` and in the trackers (0: never).
 
+    The last `groups_kept` scored groups stay in Redis for the console (0: none).
+
     The trainer serves Prometheus metrics on `metrics_port`, the orchestrator on the next one (none: nobody does).
     """
 
@@ -145,4 +147,5 @@ class Tracking(Section):
     wandb: Wandb | None = None
     mlflow: Mlflow | None = None
     samples_every: int = Field(0, ge=0)
+    groups_kept: int = Field(200, ge=0, le=100_000)
     metrics_port: int | None = Field(None, ge=1, le=65534)

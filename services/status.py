@@ -9,16 +9,17 @@ from importlib.metadata import version
 from typing import Any
 
 import uvicorn
+from fastapi import APIRouter
 
 from services import connections
-from services.access import settings_from_environment
+from services.access import HttpSettings, settings_from_environment
 from services.address import listen
 from services.http import create_app
 from services.startup import StartupError
 
 log = logging.getLogger(__name__)
 
-MOST_CONNECTIONS = 64
+MOST_CONNECTIONS = 128
 
 
 @contextmanager
@@ -27,14 +28,20 @@ def serving_status(
     port: int,
     ready: Callable[[], dict[str, str]],
     status: Callable[[], dict[str, Any]] | None = None,
+    routes: Callable[[HttpSettings], APIRouter] | None = None,
+    pages: frozenset[str] = frozenset(),
 ) -> Iterator[int]:
     """`/healthz`, `/readyz`, `/metrics` and, with `status`, `GET /v1/status` on `port` (0: any free one, yielded).
+    `routes` makes further ones, of which `pages` are for browsers (`create_app`).
 
     Both functions are called in another thread than the caller's. With RLIF_API_TOKEN set it listens on
     RLIF_STATUS_HOST, or everywhere, otherwise on loopback. Raises StartupError when the port is taken.
     """
     host = os.environ.get("RLIF_STATUS_HOST", "0.0.0.0") if os.environ.get("RLIF_API_TOKEN") else "127.0.0.1"
-    app = create_app(service, version("rlif"), settings_from_environment(host), ready)
+    settings = settings_from_environment(host)
+    app = create_app(service, version("rlif"), settings, ready, pages=pages)
+    if routes is not None:
+        app.include_router(routes(settings))
     if status is not None:
 
         @app.get("/v1/status", tags=["run"])

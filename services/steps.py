@@ -21,14 +21,28 @@ def traces_of_training(run_dir: Path) -> str | None:
 
 
 def why_stopped(run_dir: Path) -> str | None:
-    """The reason of the order that ended the run; none where no order did."""
+    """The reason of the order that ended the run, and whose; none where no order did."""
     stopped = run_dir / STOPPED
     return stopped.read_text().strip() if stopped.exists() else None
 
 
+def keep(surviving: dict[int, dict[str, Any]], row: dict[str, Any]) -> bool:
+    """Add the next line, by its step. A restored trainer goes on in a newer lineage from its checkpoint (`start`), and
+    what earlier lineages did after that step is lost. Returns whether something was. Raises KeyError, ValueError and
+    TypeError for what is no line of a step."""
+    step, start, lineage = int(row["step"]), int(row["start"]), int(row["lineage"])
+    last = next(reversed(surviving.values()), None)
+    lost = []
+    if last is not None and last["lineage"] != lineage:
+        lost = [done for done, old in surviving.items() if done > start and old["lineage"] != lineage]
+        for done in lost:
+            del surviving[done]
+    surviving[step] = row
+    return bool(lost)
+
+
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The surviving line of each step, in order. A restored trainer goes on in a newer lineage from its checkpoint
-    (`start`), and what earlier lineages did after that step is lost.
+    """The surviving line of each step, in order.
 
     Raises StepsError when there is no step, or a line is not a step's record.
     """
@@ -39,15 +53,12 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
         raise StepsError(f"cannot read {path}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            step, start, lineage = int(row["step"]), int(row["start"]), int(row["lineage"])
+            keep(surviving, json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             # A trainer killed while writing leaves a torn last line, which the restored one writes anew.
             if number == len(lines) and surviving:
                 break
             raise StepsError(f"{path} line {number}: not the record of a step: {line[:80]!r}") from error
-        surviving = {done: old for done, old in surviving.items() if done <= start or old["lineage"] == lineage}
-        surviving[step] = row
     if not surviving:
         raise StepsError(f"{path}: holds no step")
     return [surviving[step] for step in sorted(surviving)]

@@ -88,6 +88,11 @@ def test_recipe_check(tmp_path):
         (["serve", "reward", "--recipe", DEMO, "scorer.thread=1"], "scorer.thread: unknown key"),
         (["train", DEMO], "queue.url (or RLIF_REDIS_URL)"),
         (["export", "absent-run", "out"], "absent-run"),
+        (["report", "absent-run", "out.html"], "absent-run holds no run"),
+        (["console", "--run", "math"], "--redis (or RLIF_REDIS_URL)"),
+        (["console", "--run", "math", "--redis", "http://127.0.0.1:1"], "--redis: not a URL that starts with redis://"),
+        (["console", "--run", "math", "--redis", "redis://127.0.0.1:1", "--host", "0.0.0.0"], "RLIF_API_TOKEN"),
+        (["console", "--run", "math", "--redis", "redis://127.0.0.1:1", "--reward", "x"], "'x' is not a server's URL"),
         (["serve", "reward", "--spec", "/proc/self/exe"], "--spec /proc/self/exe is not YAML"),
     ],
 )

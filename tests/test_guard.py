@@ -14,7 +14,7 @@ from services import commands, recipe
 from services.commands import Obeyed, RaiseBeta, RollBack, Stop
 from services.contract import Version
 from services.keys import Keys
-from services.orchestrator.guard import ACTIONS, COLUMNS, Guard
+from services.orchestrator.guard import ACTIONS, BY_GUARD, COLUMNS, Guard
 from services.recipe_watching import Guard as Settings
 from services.redis import connect
 
@@ -99,7 +99,9 @@ async def test_a_collapse_is_ordered_back_to_before_it_began_and_a_second_one_st
         assert run.guard.judge.raised == []
         await collapse(run, 8, 9, lineage=1, start=5)
         again = (await run.orders())[1]
-        assert isinstance(again, Stop) and again.reason.startswith("again within 10 steps of a roll-back to step 5: ")
+        assert isinstance(again, Stop) and again.reason.startswith(
+            f"{BY_GUARD}again within 10 steps of a roll-back to step 5: "
+        )
 
 
 async def test_of_several_alarms_the_first_step_that_was_out_counts(redis_url):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.alone
 
 API = {"Authorization": "Bearer api"}
 ADMIN = {"Authorization": "Bearer admin"}
-COMPUTING = {"/v1/rewards", "/v1/score", "/get_reward", "/reward"}
+COMPUTING = {"/v1/rewards", "/v1/score", "/v1/specs/preview", "/get_reward", "/reward"}
 """What may be posted without the admin token: it changes nothing. Any other POST has to refuse."""
 ERRORS = "application/problem+json"
 EXAMPLES = int(os.environ.get("RLIF_FUZZ_EXAMPLES", 25))

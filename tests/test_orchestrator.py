@@ -20,7 +20,7 @@ from prometheus_client import REGISTRY
 from served import served, two_free_ports
 
 from reward_server import app as reward_app
-from services import commands, recipe
+from services import codec, commands, pause, recipe
 from services.access import HttpSettings
 from services.api import RolloutGroup, RolloutsRequest, RolloutsResponse
 from services.clients import RewardClient
@@ -850,7 +850,9 @@ async def test_a_second_roll_back_to_the_same_place_stops_the_run_and_restarts_r
             await trainer.train()
             await tell(trainer, start=2, completion_length=length)
         stop = await answer(trainer, "stop")
-        assert stop.reason.startswith("again within 50 steps of a roll-back to step 2: step 5: length")
+        assert stop.reason.startswith(
+            "by the collapse guard: again within 50 steps of a roll-back to step 2: step 5: length"
+        )
         orders = await commands.after(trainer.queue.redis, trainer.run, 0)
         assert [order.kind for order in orders] == ["roll_back", "stop"]
         await obey(trainer, stop)
@@ -977,3 +979,75 @@ async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(
         assert await over(task) == 0
     found = await trainer.queue.redis.hgetall(Keys(chosen.run.name).evaluations)
     assert {key: json.loads(body)["failed"] for key, body in found.items()} == {b"0.0": 1, b"0.5": 1}
+
+
+async def test_pause_admits_nothing_and_resume_goes_on(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(trainer__batch_deadline_seconds=1.0)
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    redis, run = connect(clean.url), chosen.run.name
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(1)
+        await pause.put(redis, run, True)
+        await until(lambda: status_of(trainer)["state"] == "paused", "it is paused")
+        await until(lambda: status_of(trainer)["groups_in_flight"] == 0, "what was begun is finished")
+        made, queued = len(rollouts.made), (await trainer.queue.depth()).queued
+        for _ in range(queued // PER_STEP):
+            await trainer.train()
+        await asyncio.sleep(1.5)  # longer than the trainer may otherwise be without a step
+        assert len(rollouts.made) == made and not task.done()
+        await pause.put(redis, run, False)
+        while len(trainer.steps) < STEPS:
+            await trainer.train()
+        assert await over(task) == 0
+    await redis.aclose()
+    complete(trainer)
+
+
+async def test_a_dead_group_is_made_again_on_demand(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(pacing__max_staleness=0, data__shuffle=False)
+    rollouts.refuse = {"say 5"}
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(2)
+        (dead,) = await trainer.queue.dead()
+        rollouts.refuse = set()
+        assert await trainer.queue.retry(dead.entry_id) == dead.index == 5
+        await trainer.train(STEPS - 2)
+        assert await over(task) == 0
+    assert sorted(trainer.indices) == list(range(STEPS * PER_STEP)), "nothing more, nothing less"
+    assert max(trainer.staleness) == 0 and not await trainer.queue.dead()
+
+
+async def test_an_order_to_stop_ends_the_orchestrator_of_any_recipe(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(run__name="stopped")
+    assert not chosen.has_orders
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    redis = connect(clean.url)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(1)
+        await commands.send(redis, chosen.run.name, commands.Stop(id="stop", reason="enough"))
+        status = {"state": "stopped", "step": 1, "at": time.time()}
+        trainer.redis.hset(Keys(chosen.run.name).status, "trainer", json.dumps(status))
+        assert await over(task) == 0
+    await redis.aclose()
+
+
+async def test_scored_groups_are_kept_after_they_were_trained(make_recipe, clean, rollouts, reward_server):
+    for kept in (6, 0):
+        chosen = make_recipe(tracking__groups_kept=kept, run__name=f"kept-{kept}")
+        trainer = Trainer(clean.url, chosen.run.name, rollouts)
+        async with running(chosen, clean, rollouts.url, reward_server) as task:
+            await trainer.start()
+            await trainer.train(STEPS)
+            assert await over(task) == 0
+        found = trainer.redis.xrange(Keys(chosen.run.name).samples)
+        groups = [codec.unpack_as(ScoredGroup, fields[b"group"]) for _, fields in found]
+        assert len(groups) == kept
+        assert {group.group_id for group in groups} <= {group.group_id for step in trainer.steps for group in step}
+
+
+def status_of(trainer: Trainer) -> dict:
+    return json.loads(trainer.redis.hget(Keys(trainer.run).status, "orchestrator") or b"{}") or {"state": ""}

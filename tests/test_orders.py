@@ -2,19 +2,22 @@
 
 import asyncio
 import json
+import threading
 import time
 
 import pytest
 import yaml
 from test_trainer import GROUPS_PER_STEP, STEPS, Run, make_recipe, read_steps, surviving
 
-from services import commands, recipe
+from services import commands, pause, recipe
 from services.commands import Evaluated, EvaluationResult, Finish, RaiseBeta, RollBack, Stop
 from services.contract import Version
 from services.queue import GroupQueue
-from services.redis import connect
+from services.redis import DeadlineExceeded, connect
 from trainer.checkpoint import Progress
+from trainer.feed import Feed
 from trainer.obey import adjusted, obey
+from trainer.waits import Waits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 300.0
@@ -68,6 +71,32 @@ async def test_an_order_is_given_once_and_they_keep_their_order(redis_url):
         await commands.note_obeyed(client, "orders", "a", commands.Obeyed(step=1, lineage=0, effect="done"))
         # A trainer that obeyed more than redis knows of: redis lost its data, what it has came since.
         assert await commands.after(client, "orders", 7) == [second]
+
+
+def test_while_the_run_is_paused_nothing_is_late(tiny_model, redis_url, tmp_path):
+    """A trainer gives up on groups that do not come in time; the time counts from when they may come."""
+    late, paused_for = 0.3, 1.0
+    run = Run(tmp_path, tiny_model, redis_url, "paused", batch_deadline_seconds=late)
+    feed = Feed(redis_url, run.recipe, Waits())
+    try:
+        feed.claim(0, [], [])
+        on_redis(lambda client: pause.put(client, run.name, True), redis_url)
+        lift = threading.Timer(
+            paused_for, lambda: on_redis(lambda client: pause.put(client, run.name, False), redis_url)
+        )
+        lift.start()
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="0 of 2 scored groups"):
+            feed.pull(Progress())
+        assert paused_for + late <= time.monotonic() - began < paused_for + 10
+        lift.join()
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            time.sleep(late)  # the pause is long over
+            feed.pull(Progress())
+        assert time.monotonic() - began < paused_for + late
+    finally:
+        feed.close()
 
 
 @pytest.fixture(scope="module")

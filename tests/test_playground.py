@@ -17,16 +17,16 @@ from served import served
 from tokenizers.pre_tokenizers import ByteLevel
 
 from reward_server.app import Settings, create
-from reward_server.playground import session
 from reward_server.playground.form import METRICS, place_of
-from reward_server.playground.tokens import SHADINGS, STEPS, bytes_of, number, parts, scale
 from reward_server.scorer.transformers import TransformersScorer
 from reward_server.spec_store import MemoryStore
 from services.access import HttpSettings
 from services.api import ScoreResult
+from services.pages import session
+from services.pages.shading import SHADINGS, STEPS, bytes_of, number, parts, scale
 from services.spec import RewardSpec
 
-CSS = Path("reward_server/playground/static/page.css")
+CSS = Path("services/pages/static/page.css")
 HOSTILE = "\"'></textarea></option></td><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 TWO_TERMS = {
     "rewards": [{"name": "self_certainty"}, {"name": "exact_match", "weight": 0.5}],
@@ -385,7 +385,8 @@ def test_completions_are_added_and_removed_without_script(rules):
 
 def check_harmless(answer):
     page = Page(answer.text)
-    assert [found for tag, found in page.elements if tag == "script"] == [{"src": "/playground/page.js", "defer": None}]
+    own = [{"src": f"/playground/{name}.js", "defer": None} for name in ("tokens", "page")]
+    assert [found for tag, found in page.elements if tag == "script"] == own
     assert not [tag for tag, found in page.elements if tag == "img" or "onerror" in found]
     assert "style" not in {name for _, found in page.elements for name in found}
     assert "{{ 7 * 7 }}" in page.text

@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from services import commands
+from services import commands, pause
 from services.commands import AnyOrder, Finish, Obeyed
 from services.contract import WeightVersion
 from services.queue import Entry, GroupQueue
@@ -86,12 +86,24 @@ class Feed:
         what = f"{self.recipe.trainer.groups_per_step} scored groups from the orchestrator"
         try:
             with self.waits.on("groups", what, GROUPS_PATIENCE_SECONDS):
-                entries = self.runner.run(self._pull(progress))
+                entries = self.runner.run(self._pull_or_pause(progress))
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
             return None
         return sorted(entries, key=lambda entry: entry.group.index) if entries is not None else None
+
+    async def _pull_or_pause(self, progress: Progress) -> list[Entry] | None:
+        """While the run is paused nothing comes, and nothing is late."""
+        run_id = self.recipe.run.name
+        while True:
+            try:
+                return await self._pull(progress)
+            except DeadlineExceeded:
+                found = await insist(lambda: pause.read(self.redis, run_id), f"run {run_id}: pause", 60)
+                if not found.excuses(self.recipe.trainer.batch_deadline_seconds):
+                    raise
+                log.info("the run is paused: waiting on for scored groups")
 
     async def _pull(self, progress: Progress) -> list[Entry] | None:
         trainer = self.recipe.trainer

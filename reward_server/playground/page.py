@@ -1,39 +1,32 @@
 """`GET /` and `POST /`: the form, and beside it what the server says of the completions in it."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, RedirectResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from starlette.exceptions import HTTPException
 
 from reward_server.compat import ScoreGroups
 from reward_server.evaluate import Means
-from reward_server.playground import results, session
+from reward_server.playground import results
 from reward_server.playground.form import MOST_BYTES, MOST_COMPLETIONS, Faults, Form, FormFault, faults_of, read
-from reward_server.playground.tokens import SHADINGS, STEPS, number
 from reward_server.presets import PRESETS
 from reward_server.spec_store import DEFAULT, NamedSpec, Specs
 from reward_server.specs import SpecError, check_spec
 from services.access import HttpSettings
+from services.pages import frame, session
+from services.pages.shading import SHADINGS, STEPS
 from services.problem import Problem
 
 HERE = Path(__file__).parent
-ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
-PATHS = frozenset({"/", "/playground/session", *(f"/playground/{name}" for name in ASSETS)})
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    # Not `no-referrer`: browsers then send forms without saying where they come from.
-    "Referrer-Policy": "same-origin",
-    "Cache-Control": "no-store",
+ASSETS = {
+    "page.css": frame.SHARED / "page.css",
+    "page.js": HERE / "static" / "page.js",
+    "tokens.js": frame.SHARED / "tokens.js",
+    "icon.svg": frame.SHARED / "icon.svg",
 }
+PATHS = frozenset({"/", "/playground/session", *(f"/playground/{name}" for name in ASSETS)})
 EXAMPLE = Form(
     prompt="47+58",
     answer="105",
@@ -45,14 +38,7 @@ EXAMPLE_SPECS = (DEFAULT, "intuitor_plus_accuracy", "grpo", "exact_match")
 KINDS = ("Of this server", "Presets", "One reward alone")
 """Of specs, in the order in which they are listed."""
 
-TEMPLATES = Environment(
-    loader=FileSystemLoader(HERE / "templates"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-TEMPLATES.filters["number"] = number
+TEMPLATES = frame.environment(HERE / "templates")
 
 
 @dataclass(frozen=True)
@@ -104,19 +90,22 @@ def router(
             most_completions=MOST_COMPLETIONS,
         )
 
+    async def refused(status: int, message: str) -> Response:
+        return await _page("signin.html", status, message=message)
+
     @routes.get("/")
     async def first(request: Request) -> Response:
         if session.refusal(request, settings):
-            return await _page("signin.html", 401, message="")
+            return await refused(401, "")
         return await show(request, None, {})
 
     @routes.post("/")
     async def sent(request: Request) -> Response:
         if session.refusal(request, settings):
-            return await _page("signin.html", 401, message="")
+            return await refused(401, "")
         try:
             session.check_origin(request)
-            form, action = read(await _body(request))
+            form, action = read(await frame.form(request, MOST_BYTES))
         except Problem as problem:
             return await show(request, None, faults_of("", problem), problem.status)
         if action == "add":
@@ -136,49 +125,17 @@ def router(
 
     @routes.post("/playground/session")
     async def sign_in_or_out(request: Request) -> Response:
-        answer = RedirectResponse("/", 303, HEADERS)
-        try:
-            session.check_origin(request)
-            given = parse_qs((await _body(request)).decode(errors="replace"))
-        except Problem as problem:
-            return await _page("signin.html", problem.status, message=f"{problem.title}: {problem.detail}")
-        if "end" in given:
-            session.end(answer)
-        elif not session.start(request, answer, settings, given.get("token", [""])[0].strip()):
-            return await _page("signin.html", 401, message="The token is not the one this server knows")
-        return answer
+        return await session.sign_in_or_out(request, settings, "/", refused)
 
     @routes.get("/playground/{name}")
     async def asset(name: str) -> Response:
-        if name not in ASSETS:
-            raise Problem(404, "Not Found")
-        content = await asyncio.to_thread((HERE / "static" / name).read_bytes)
-        return Response(content, headers={**HEADERS, "Cache-Control": "max-age=300"}, media_type=ASSETS[name])
+        return await frame.asset(ASSETS, name)
 
     return routes
 
 
 async def _page(template: str, status: int, **facts: Any) -> Response:
-    facts = {**facts, "shadings": SHADINGS, "steps": range(STEPS)}
-    text = await asyncio.to_thread(TEMPLATES.get_template(template).render, facts)
-    challenge = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    return HTMLResponse(text, status, {**HEADERS, **challenge})
-
-
-async def _body(request: Request) -> bytes:
-    """Raises Problem: 413 too large, 408 it never came, 415 not a form."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip()
-    if kind != "application/x-www-form-urlencoded":
-        raise Problem(415, "Not a form", f"Content-Type: application/x-www-form-urlencoded is needed (got {kind:.100})")
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MOST_BYTES:
-                raise Problem(413, "The form is too large", f"at most {MOST_BYTES} bytes")
-    except HTTPException as error:
-        raise Problem(error.status_code, str(error.detail)) from error
-    return bytes(body)
+    return await frame.render(TEMPLATES, template, status, {**facts, "shadings": SHADINGS, "steps": range(STEPS)})
 
 
 async def _choices(specs: Specs, means: Means) -> list[Choice]:

@@ -12,9 +12,9 @@ from reward_server import scoring
 from reward_server.compat import ScoreGroups
 from reward_server.evaluate import Means
 from reward_server.playground.form import Form
-from reward_server.playground.tokens import SHADINGS, Scale, Token, scale, tokens
 from services.api import RewardGroup, RewardsRequest, ScoreRequest, ScoreResponse
 from services.contract import GroupScores
+from services.pages.shading import SHADINGS, Scale, Token, scale, tokens
 from services.problem import Problem
 
 MOST_TOKENS_SHOWN = 4096

@@ -50,9 +50,10 @@ def _trainer(recipe: Recipe, resolved: Path, resume: bool) -> Service:
     return Service("trainer", argv, env=env, restart_args=restart_args, may_finish=True, stop_seconds=stop_seconds)
 
 
-def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
-    """The run's processes in order of start, and the recipe with every address filled in (also written to the run's
-    folder as `recipe.yaml`). Servers and redis that the recipe gives by URL are left to their owners."""
+def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe, int]:
+    """The run's processes in order of start, the recipe with every address filled in (also written to the run's
+    folder as `recipe.yaml`), and the console's port. Servers and redis that the recipe gives by URL are left to their
+    owners."""
     run_dir = recipe.run.dir.resolve()
     if not resume:
         clear_untrained(run_dir)
@@ -86,5 +87,7 @@ def plan(recipe: Recipe, resume: bool) -> tuple[list[Service], Recipe]:
         env = environment(recipe, recipe.scorer.threads, gpus)
         services.append(_server("reward", number, port, resolved, env))
     services.append(_trainer(recipe, resolved, resume))
-    services.append(Service("orchestrator", [*RLIF, "orchestrate", str(resolved)], may_finish=True))
-    return services, filled
+    port = free_port() if recipe.tracking.metrics_port is None else recipe.tracking.metrics_port + 1
+    argv = [*RLIF, "orchestrate", str(resolved), "--port", str(port)]
+    services.append(Service("orchestrator", argv, may_finish=True))
+    return services, filled, port

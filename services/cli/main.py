@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from services import traces
-from services.cli import clusters, data, demo, evaluate, preflight, recipes, run, score, serve
+from services.cli import clusters, console, data, demo, evaluate, preflight, recipes, run, score, serve
 from services.recipe import RecipeError
 from services.redis import DeadlineExceeded
 from services.startup import StartupError
@@ -31,6 +31,8 @@ app.command()(run.up)
 app.command()(run.orchestrate)
 app.command()(run.train)
 app.command()(run.export)
+app.command()(console.console)
+app.command()(console.report)
 app.command()(run.push_to_hub)
 app.command()(score.score)
 app.command("eval")(evaluate.evaluate)

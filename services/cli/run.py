@@ -41,13 +41,14 @@ def run_recipe(chosen: recipe.Recipe, resume: bool, console: Console) -> int:
     prepare(chosen, resume)
     with only_one(chosen.run.dir):
         check_local(chosen.model.path, "model.path")  # sooner than the servers would
-        services, filled = plan(chosen, resume)
+        services, filled, port = plan(chosen, resume)
         run_dir = filled.run.dir
         console.print(f"run {filled.run.name} in {run_dir} (logs in {run_dir / 'logs'})", highlight=False)
+        console.print(f"console http://127.0.0.1:{port}/", highlight=False)
         with Progress(run_dir, filled.trainer.steps, console) as progress:
             code = supervise(services, "trainer", run_dir / "logs", progress)
         if code == 0 and (why := why_stopped(run_dir)):
-            console.print(f"stopped by the collapse guard: {why}", style="red", highlight=False)
+            console.print(f"stopped {why}", style="red", highlight=False)
             return 1
         return code
 
@@ -97,6 +98,12 @@ def orchestrate(
     stay: Annotated[
         bool, typer.Option("--stay", help="When training is over, go on serving status and metrics until stopped.")
     ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port of status, metrics and console; tracking.metrics_port + 1 when left out.", min=1, max=65535
+        ),
+    ] = None,
 ) -> None:
     """Run the orchestrator alone: tasks to rollouts to rewards to the queue."""
     watch("orchestrator")
@@ -106,7 +113,7 @@ def orchestrate(
 
     url = recipe.redis_url(chosen)
     assert url
-    raise typer.Exit(main(chosen, chosen.rollout.urls, chosen.scorer.urls, url, stay))
+    raise typer.Exit(main(chosen, chosen.rollout.urls, chosen.scorer.urls, url, stay, port))
 
 
 def train(

@@ -169,7 +169,7 @@ def _end(run_dir: Path, code: int) -> tuple[int, str]:
     if code:
         return code, f"stopped with exit code {code}"
     why = why_stopped(run_dir)
-    return (EXIT_FAILED, f"stopped by the collapse guard: {why}") if why else (0, DONE)
+    return (EXIT_FAILED, f"stopped {why}") if why else (0, DONE)
 
 
 class _Head:

@@ -282,14 +282,22 @@ async def _push(desk: Desk, group: ScoredGroup) -> None:
     with traces.span("queue push", "producer", group_id=group.group_id, weight_version=str(made)):
         is_new = await desk.queue.push(group)
     if is_new:
+        await _keep(desk, group)
         desk.tally.note_pushed(group, desk.watch.version or made)
         trail.note("is pushed", group.group_id, index=group.index, spec_id=group.spec_id, weight_version=made)
     else:
         GROUPS.labels("duplicate").inc()
 
 
+async def _keep(desk: Desk, group: ScoredGroup) -> None:
+    """For the console's samples."""
+    if desk.recipe.tracking.groups_kept:
+        await desk.queue.keep(group, desk.recipe.tracking.groups_kept)
+
+
 async def _leave_out(desk: Desk, group: ScoredGroup) -> None:
     if await desk.queue.leave_out(group.group_id, group.index):
+        await _keep(desk, group)
         GROUPS.labels("unanimous").inc()
         desk.tally.left_out += 1
     # It was made and scored: the servers work.

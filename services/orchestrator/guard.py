@@ -41,6 +41,8 @@ COLUMNS = {
 WAIT_SECONDS = 0.5
 PATIENCE_SECONDS = 300.0
 TELL_SECONDS = 20.0
+BY_GUARD = "by the collapse guard: "
+"""Who stopped the run, and why: what `rlif up` says in the end."""
 
 
 class Guard:
@@ -59,6 +61,17 @@ class Guard:
     def holds(self, version: Version) -> bool:
         """Whether a repeatable run waits: for the judgement of its newest step, or for an order to be obeyed."""
         return self.settings.action != "alarm" and (bool(self.pending) or self.step < version.version)
+
+    def state(self) -> dict[str, Any]:
+        """For the run's status: the last step judged, how many it takes to know what is normal, what it does about an
+        alarm, and the alarms that are not over, in words."""
+        alarms = [str(alarm) for alarm in self.judge.raised]
+        return {
+            "judged": self.step,
+            "baseline": self.settings.baseline,
+            "action": self.settings.action,
+            "alarms": alarms,
+        }
 
     async def follow(self) -> None:
         """Judge every step, until cancelled."""
@@ -146,7 +159,7 @@ class Guard:
         if settings.action == "raise_beta":
             return RaiseBeta(id=order_id, factor=settings.beta_factor, cap=settings.beta_cap, reason=reason)
         if settings.action == "stop":
-            return Stop(id=order_id, reason=reason)
+            return Stop(id=order_id, reason=f"{BY_GUARD}{reason}")
         since = max(1, min(alarm.since for alarm in self.judge.raised))
         given = await insist(
             lambda: commands.after(self.redis, self.keys.run_id, 0), f"run {self.keys.run_id}: orders", PATIENCE_SECONDS
@@ -157,7 +170,7 @@ class Guard:
             if isinstance(one, RollBack) and one.id != order_id and landed is not None:
                 if 0 <= step - landed.step <= settings.again_within:
                     again = f"again within {settings.again_within} steps of a roll-back to step {landed.step}: {reason}"
-                    return Stop(id=order_id, reason=again)
+                    return Stop(id=order_id, reason=f"{BY_GUARD}{again}")
         return RollBack(id=order_id, before=since, rate_factor=settings.rate_factor, reason=reason)
 
     async def _obeyed(self) -> dict[str, Obeyed]:

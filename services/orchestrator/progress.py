@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from prometheus_client import Counter, Gauge, Histogram
 
+from services import pause
 from services.contract import Group, ScoredGroup, Version
 from services.keys import Keys
 from services.queue import Depth, GroupQueue
@@ -39,7 +40,7 @@ LAG = Gauge(
 TOKENS = Counter("rlif_orchestrator_completion_tokens_total", "Completion tokens pushed")
 
 SPEED_SECONDS = 30.0
-"""Tokens per second are a mean over this long."""
+"""Tokens and groups per second are means over this long."""
 STATUS_SECONDS = 1.0
 
 
@@ -94,15 +95,26 @@ class Tally:
 
     @property
     def tokens_per_second(self) -> float:
+        return sum(tokens for _, tokens in self._lately()) / SPEED_SECONDS
+
+    @property
+    def groups_per_second(self) -> float:
+        return len(self._lately()) / SPEED_SECONDS
+
+    def _lately(self) -> list[tuple[float, int]]:
+        """Groups pushed within SPEED_SECONDS: when, and their tokens."""
         now = time.monotonic()
         while self._recent and self._recent[0][0] < now - SPEED_SECONDS:
             self._recent.popleft()
-        return sum(tokens for _, tokens in self._recent) / SPEED_SECONDS
+        return list(self._recent)
 
 
 class Watch:
     """The run as Redis shows it: newest weights, lineage, queue, followers, the trainer's status; `dead` groups (by
-    index), and with those that were left out all that are `gone`; the `floor`, the lowest lineage whose groups count.
+    index); the `floor`, the lowest lineage whose groups count. `retried` are dead groups that were to be made again, of
+    which the first `retried_before` are in the order anyway. `gone` are the places in the order that nothing is trained
+    in: of dead groups, of those left out, and of those retried, which come later. `paused_at` is when the run was last
+    seen paused.
 
     `wake` is set whenever it looked, so that its owner looks too. Before the first publication `version` is none.
     """
@@ -118,10 +130,14 @@ class Watch:
         self.floor = 0
         self.dead: list[int] = []
         self.gone: list[int] = []
+        self.retried: list[int] = []
+        self.retried_before = 0
+        self.paused = False
+        self.paused_at = 0.0
         self.followers: list[Heartbeat] = []
         self.trainer: dict[str, Any] = {}
         self.extra: dict[str, Any] = {}
-        self._gone_counts = (-1, -1)
+        self._gone_counts = (-1, -1, -1)
         self._lagging: set[tuple[str, str]] = set()
         self._told = self._heard = 0.0
 
@@ -129,10 +145,16 @@ class Watch:
         """Groups of a lower index that will never be trained."""
         return bisect.bisect_left(self.gone, index)
 
+    async def forget_retried(self) -> None:
+        """What was retried so far is in the order again, because the order begins anew."""
+        self.retried_before = len(self.retried)
+        self._gone_counts = (-1, -1, -1)
+        await self.refresh()
+
     async def refresh(self) -> None:
         """Read everything once. Raises DeadlineExceeded (Redis stayed away) and RunFailed (it lost its data)."""
         run_id = self.keys.run_id
-        newest, lineage, floor, trainer, self.followers = await insist(
+        newest, lineage, floor, trainer, self.followers, paused = await insist(
             self._read, f"run {run_id}: follow the run", self.queue.patience_seconds
         )
         if newest is None and self.version is not None:
@@ -143,12 +165,17 @@ class Watch:
         self.lineage = max(int(lineage or 0), self.version.lineage if self.version else 0)
         self.floor = int(floor or 0)
         self.trainer = orjson.loads(trainer) if trainer else {}
+        self.paused = paused.paused
+        if self.paused:
+            self.paused_at = time.monotonic()
+        self.retried = await self.queue.retried()
         self.depth = await self.queue.depth()
-        counts = (self.depth.dead, self.depth.left_out)
+        counts = (self.depth.dead, self.depth.left_out, len(self.retried))
         if counts != self._gone_counts:
             self._gone_counts = counts
             self.dead = sorted({group.index for group in await self.queue.dead()})
-            self.gone = sorted({*self.dead, *await self.queue.left_out()})
+            again = self.retried[self.retried_before :]
+            self.gone = sorted([*{*self.dead, *await self.queue.left_out()}, *again])
         self._note_lags()
         self._heard = time.monotonic()
         self.wake.set()
@@ -162,7 +189,7 @@ class Watch:
             LAG.labels(*labels).set(versions)
         self._lagging = set(found)
 
-    async def _read(self) -> tuple[Version | None, Any, Any, Any, list[Heartbeat]]:
+    async def _read(self) -> tuple[Version | None, Any, Any, Any, list[Heartbeat], pause.Pause]:
         run_id = self.keys.run_id
         return (
             await newest_version(self.redis, run_id),
@@ -170,6 +197,7 @@ class Watch:
             await self.redis.get(self.keys.floor),
             await self.redis.hget(self.keys.status, "trainer"),
             await heartbeats(self.redis, run_id),
+            await pause.read(self.redis, run_id),
         )
 
     async def tell(self, at_once: bool = False) -> None:
@@ -195,6 +223,7 @@ class Watch:
             "groups_left_out": self.depth.left_out,
             "groups_in_flight": self.tally.in_flight,
             "tokens_per_second": round(self.tally.tokens_per_second, 1),
+            "groups_per_second": round(self.tally.groups_per_second, 3),
             "queue": {"queued": self.depth.queued, "pending": self.depth.pending, "dead": self.depth.dead},
             "followers": {beat.replica: str(beat.version) if beat.version else None for beat in self.followers},
             **self.extra,

@@ -9,6 +9,7 @@ import logging
 import signal
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import orjson
@@ -16,6 +17,8 @@ import orjson
 from services import commands
 from services.clients import CallError
 from services.commands import EvaluationResult, Finish, Stop
+from services.console import pages
+from services.console.source import Source
 from services.keys import Keys
 from services.orchestrator import data
 from services.orchestrator.chunk import Chunk, Desk, finish
@@ -37,22 +40,34 @@ DRAIN_SECONDS = 10.0
 REMIND_SECONDS = 30.0
 
 
-def main(recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str, stay: bool = False) -> int:
+def main(
+    recipe: Recipe,
+    rollout_urls: list[str],
+    reward_urls: list[str],
+    redis_url: str,
+    stay: bool = False,
+    port: int | None = None,
+) -> int:
     """Run until the trainer is done. Returns an exit code: 0 done, 1 failed, 130 or 143 stopped by a signal.
 
-    With `stay` it goes on serving status and metrics after that, until a signal comes: for those who start again
-    whatever ends. Raises StartupError for what no restart mends: unusable data, servers that do not fit, a spec they
-    refuse.
+    Status, metrics and the console are served on `port` (none: the one after the recipe's `tracking.metrics_port`).
+    With `stay` it goes on serving them after that, until a signal comes: for those who start again whatever ends.
+    Raises StartupError for what no restart mends: unusable data, servers that do not fit, a spec they refuse.
     """
     try:
-        return asyncio.run(orchestrate(recipe, rollout_urls, reward_urls, redis_url, stay))
+        return asyncio.run(orchestrate(recipe, rollout_urls, reward_urls, redis_url, stay, port))
     except (RunFailed, CallError, DeadlineExceeded) as error:
         log.error("the orchestrator gives up: %s", error)
         return 1
 
 
 async def orchestrate(
-    recipe: Recipe, rollout_urls: list[str], reward_urls: list[str], redis_url: str, stay: bool = False
+    recipe: Recipe,
+    rollout_urls: list[str],
+    reward_urls: list[str],
+    redis_url: str,
+    stay: bool = False,
+    port: int | None = None,
 ) -> int:
     """`main` inside a running event loop (of the main thread: it handles signals); errors propagate."""
     wake = asyncio.Event()
@@ -81,16 +96,19 @@ async def orchestrate(
         queue = GroupQueue(redis, recipe.run.name, recipe.queue.max_deliveries)
         watch = Watch(redis, queue, recipe.weights.poll_seconds, tally, wake)
         spec_id = recipe.spec.spec_id if recipe.spec else None
-        watch.extra = {"recipe_spec_id": spec_id, "started_at": time.time()}
+        watch.extra = {"recipe_spec_id": spec_id, "started_at": time.time(), "guard": None}
         changed = await _spec_of_last_start(redis, recipe.run.name) != spec_id
         servers = Servers(recipe, rollout_urls, reward_urls, changed)
+        watch.extra["spec"] = servers.spec_name
         pace = Pace(recipe.trainer.steps, recipe.trainer.groups_per_step, recipe.pacing.max_staleness)
         desk = Desk(recipe, source, pace, queue, servers, watch, tally)
         with ExitStack() as stack:
-            if recipe.tracking.metrics_port is not None:
-                # The recipe's port itself is the trainer's.
-                port = recipe.tracking.metrics_port + 1
-                stack.enter_context(serving_status("orchestrator", port, watch.ready, watch.status))
+            if port is None and recipe.tracking.metrics_port is not None:
+                port = recipe.tracking.metrics_port + 1  # the recipe's port itself is the trainer's
+            if port is not None:
+                console = partial(pages.router, Source(redis_url, recipe.run.name, tuple(reward_urls), recipe.run.dir))
+                served = serving_status("orchestrator", port, watch.ready, watch.status, console, pages.PATHS)
+                stack.enter_context(served)
             try:
                 evaluator = Evaluator(desk, recipe.evaluation, held_out) if recipe.evaluation and held_out else None
                 guard = Guard(recipe, recipe.guard, redis, wake) if recipe.guard else None
@@ -120,8 +138,8 @@ async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
 
 
 class Loop:
-    """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet, `floor` the
-    lowest lineage whose groups counted when it began."""
+    """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet, `again` counts
+    dead groups that were admitted besides, `floor` is the lowest lineage whose groups counted when it began."""
 
     def __init__(
         self,
@@ -136,7 +154,7 @@ class Loop:
         self.evaluator, self.guard = evaluator, guard
         self.evaluating: asyncio.Task[EvaluationResult] | None = None
         self.ended = False
-        self.cursor = self.floor = 0
+        self.cursor = self.floor = self.again = 0
         self.seen: set[str] | None = None
         self.running: dict[asyncio.Task[None], Chunk] = {}
         self.reminded = time.monotonic()
@@ -161,6 +179,8 @@ class Loop:
         try:
             while True:
                 self.wake.clear()
+                if self.guard is not None:
+                    desk.watch.extra["guard"] = self.guard.state()
                 for task in [*followers, *probes, *self.running]:
                     if task.done():
                         await task
@@ -180,7 +200,7 @@ class Loop:
                 else:
                     if desk.watch.version is not None and self.seen is None:
                         # Not before: a trainer that publishes has told a redis that lost its data what was trained.
-                        self.seen = await desk.queue.seen()
+                        self.seen = await self._begin_order()
                         log.info("%d groups were pushed or given up before this start", len(self.seen))
                     await self._go_back()
                     if all(probe.done() for probe in probes):
@@ -200,8 +220,11 @@ class Loop:
 
     def _admit(self) -> None:
         desk = self.desk
+        if desk.watch.paused:
+            desk.tally.state = "paused"
+            return
         while desk.watch.version is not None and len(self.running) < desk.recipe.pacing.max_requests_in_flight:
-            chunk = self._next_chunk()
+            chunk = self._retried_chunk() or self._next_chunk()
             if chunk is None:
                 break
             task = asyncio.create_task(finish(chunk, desk))
@@ -209,18 +232,31 @@ class Loop:
             self.running[task] = chunk
         desk.tally.state = "running" if desk.watch.version is not None else "waiting for the trainer's first weights"
 
+    def _retried_chunk(self) -> Chunk | None:
+        """A group that was given up and is to be made again, once the trainer can take one more."""
+        watch = self.desk.watch
+        waiting = watch.retried[watch.retried_before + self.again :]
+        if not waiting or watch.version is None or not self._has_room(watch.version.version):
+            return None
+        self.again += 1
+        log.info("the group of index %d, which was given up, is made again", waiting[0])
+        return Chunk([waiting[0]], floor=watch.version.version)
+
+    def _has_room(self, version: int) -> bool:
+        """Whether one more group may be admitted."""
+        oldest = min((chunk.floor for chunk in self.running.values()), default=None)
+        gone = self.desk.watch.dead_below(self.cursor)
+        return self.cursor + self.again < self.desk.pace.capacity(version, oldest, gone)
+
     def _next_chunk(self) -> Chunk | None:
         """The next groups to make, cut where `groups_per_request` or the capacity ends."""
         desk = self.desk
         assert desk.watch.version is not None and self.seen is not None
         size, version = desk.recipe.rollout.groups_per_request, desk.watch.version.version
         while True:
-            oldest = min((chunk.floor for chunk in self.running.values()), default=None)
             first = self.cursor
             end = (first // size + 1) * size
-            while self.cursor < end and self.cursor < desk.pace.capacity(
-                version, oldest, desk.watch.dead_below(self.cursor)
-            ):
+            while self.cursor < end and self._has_room(version):
                 self.cursor += 1
             if self.cursor == first:
                 return None
@@ -237,8 +273,10 @@ class Loop:
     def _is_over(self) -> bool:
         watch = self.desk.watch
         said = watch.trainer.get("state") == "done" and watch.trainer.get("at", 0) > watch.extra["started_at"]
+        if self.ended:
+            return True
         if self.desk.recipe.has_orders:
-            return said or self.ended
+            return said
         if watch.version is None or watch.version.version < self.desk.pace.steps:
             return said
         # An empty queue after the last step means that a durable checkpoint holds all of it.
@@ -256,7 +294,13 @@ class Loop:
         self.running, self.evaluating = {}, None
         if self.evaluator is not None:
             await self.evaluator.forget(version.version)
-        self.cursor, self.seen = 0, await desk.queue.seen()
+        self.cursor = self.again = 0
+        self.seen = await self._begin_order()
+
+    async def _begin_order(self) -> set[str]:
+        """The ids of all groups that need not be made."""
+        await self.desk.watch.forget_retried()
+        return await self.desk.queue.seen()
 
     async def _evaluate(self) -> None:
         """Take the result of an evaluation that ended, and start the one that is due."""
@@ -281,15 +325,18 @@ class Loop:
         return self.evaluating is not None or (self.guard is not None and self.guard.holds(version))
 
     async def _finish(self) -> None:
-        """Where the trainer waits for orders: let it go once its last weights were looked at, and note that it went."""
+        """Note that an order stopped the trainer. Where it waits for orders: let it go once its last weights were
+        looked at, and note that it went."""
         desk, version = self.desk, self.desk.watch.version
-        if not desk.recipe.has_orders or version is None or self.ended:
+        if version is None or self.ended:
             return
         run_id, redis = desk.recipe.run.name, desk.watch.redis
         if desk.watch.trainer.get("state") == "stopped":
             given = await insist(lambda: commands.after(redis, run_id, 0), f"run {run_id}: orders", REDIS_SECONDS)
             is_ours = desk.watch.trainer.get("at", 0) > desk.watch.extra["started_at"]
             self.ended = is_ours and any(isinstance(order, Stop) for order in given)
+        if not desk.recipe.has_orders:
+            return
         is_watched = self.guard is None or not self.guard.holds(version)
         if version.version < desk.pace.steps or self.evaluating is not None or not is_watched:
             return
@@ -303,7 +350,7 @@ class Loop:
         watch, limit = self.desk.watch, self.desk.recipe.trainer.batch_deadline_seconds
         now = time.monotonic()
         busy = self.evaluating is not None or any(not chunk.waiting for chunk in self.running.values())
-        quiet = now - max(watch.version_at, self.desk.tally.pushed_at)
+        quiet = now - max(watch.version_at, self.desk.tally.pushed_at, watch.paused_at)
         if busy:
             return
         newest = f"weights newer than {watch.version}" if watch.version else "its first weights"

@@ -95,7 +95,7 @@ def test_a_service_may_do_no_more_than_it_must(name):
     for volume in service.get("volumes", []):
         source, _, options = volume.partition(":")
         assert source.isalpha() or options.endswith(":ro")
-    published = {"rollout", "reward", "rollout-gpu", "reward-gpu", "prometheus", "grafana"}
+    published = {"orchestrator", "rollout", "reward", "rollout-gpu", "reward-gpu", "prometheus", "grafana"}
     assert ("ports" in service) == (name in published)
 
 

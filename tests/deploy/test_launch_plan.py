@@ -136,7 +136,7 @@ def own_environment(monkeypatch):
 
 def test_a_run_that_the_guard_stopped_has_failed(tmp_path):
     assert node._end(tmp_path, 0) == (0, "training is done")
-    (tmp_path / "stopped.txt").write_text("step 7: entropy is 0.1\n")
+    (tmp_path / "stopped.txt").write_text("by the collapse guard: step 7: entropy is 0.1\n")
     assert node._end(tmp_path, 0) == (1, "stopped by the collapse guard: step 7: entropy is 0.1")
     assert node._end(tmp_path, 143)[0] == 143
 

@@ -3,8 +3,6 @@
 
 const form = document.getElementById("ask");
 const said = document.getElementById("status");
-const tip = document.getElementById("tip");
-document.documentElement.classList.add("script");
 
 // ---- completions: add and remove without asking the server ----------------------------------------------------------
 
@@ -65,60 +63,6 @@ form.addEventListener("submit", () => {
 
 // A page that the browser took out of its history is not waiting for anything.
 window.addEventListener("pageshow", () => document.getElementById("score").removeAttribute("aria-busy"));
-
-// ---- tokens: values on hover and focus, arrow keys --------------------------------------------------------------------
-
-function show(token) {
-  if (token.title) {
-    token.dataset.tip = token.title; // or the browser's own tip would cover ours
-    token.removeAttribute("title");
-  }
-  tip.textContent = token.dataset.tip;
-  tip.hidden = false;
-  const place = token.getClientRects()[0];
-  const left = Math.min(place.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
-  const above = place.top - tip.offsetHeight - 6;
-  tip.style.left = `${Math.max(8, left)}px`;
-  tip.style.top = `${above > 4 ? above : place.bottom + 6}px`;
-}
-
-function hide() {
-  tip.hidden = true;
-}
-
-for (const text of document.querySelectorAll(".tokens")) {
-  text.removeAttribute("tabindex");
-  const first = text.querySelector(".token");
-  if (first) first.tabIndex = 0;
-  text.addEventListener("pointerover", (event) => {
-    const token = event.target.closest(".token");
-    if (token) show(token);
-  });
-  text.addEventListener("pointerleave", hide);
-  text.addEventListener("focusin", (event) => {
-    show(event.target);
-    said.textContent = tip.textContent;
-  });
-  text.addEventListener("focusout", hide);
-  text.addEventListener("keydown", (event) => {
-    const here = event.target.closest(".token");
-    const to = {
-      ArrowRight: () => here.nextElementSibling,
-      ArrowLeft: () => here.previousElementSibling,
-      Home: () => text.firstElementChild,
-      End: () => text.lastElementChild,
-    }[event.key];
-    if (event.key === "Escape") hide();
-    if (!to) return;
-    event.preventDefault();
-    const next = to();
-    if (!next) return;
-    here.tabIndex = -1;
-    next.tabIndex = 0;
-    next.focus();
-  });
-}
-document.addEventListener("scroll", hide, { passive: true, capture: true });
 
 // ---- the rest ---------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A browser's way in where the API wants a token: a signed cookie for the page alone.
+"""A browser's way in where the API wants a token: a signed cookie for rlif's pages alone.
 
 The cookie is an expiry (Unix seconds) and its HMAC-SHA256 under the API token. It holds no secret, nothing is kept of
 it here, and it ends when the token is changed. No route of the API looks at it.
@@ -6,19 +6,24 @@ it here, and it ends when the token is changed. No route of the API looks at it.
 
 import hmac
 import time
-from urllib.parse import urlsplit
+from collections.abc import Awaitable, Callable
+from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Request, Response
+from fastapi.responses import RedirectResponse
 
 from services.access import HttpSettings
+from services.pages import frame
 from services.problem import Problem
 
-COOKIE = "rlif_playground"
+COOKIE = "rlif_session"
 SECONDS = 12 * 3600
+MOST_BYTES = 4096
+"""Of the form with the token."""
 
 
 def _signature(expiry: str, token: str) -> str:
-    return hmac.new(token.encode(), b"rlif playground session until " + expiry.encode(), "sha256").hexdigest()
+    return hmac.new(token.encode(), b"rlif session until " + expiry.encode(), "sha256").hexdigest()
 
 
 def is_valid(cookie: str, token: str, now: float) -> bool:
@@ -58,3 +63,21 @@ def check_origin(request: Request) -> None:
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         raise Problem(403, "The form comes from another site", f"Origin: {origin:.200}")
+
+
+async def sign_in_or_out(
+    request: Request, settings: HttpSettings, home: str, refused: Callable[[int, str], Awaitable[Response]]
+) -> Response:
+    """The answer to the form with the token, or to the one that ends the session: the page `home`, or what `refused`
+    makes of a status and a message."""
+    answer = RedirectResponse(home, 303, frame.HEADERS)
+    try:
+        check_origin(request)
+        given = parse_qs((await frame.form(request, MOST_BYTES)).decode(errors="replace"))
+    except Problem as problem:
+        return await refused(problem.status, f"{problem.title}: {problem.detail}")
+    if "end" in given:
+        end(answer)
+    elif not start(request, answer, settings, given.get("token", [""])[0].strip()):
+        return await refused(401, "The token is not the one this server knows")
+    return answer
