@@ -31,7 +31,7 @@ class Reference:
         self.module, self.at_hand, self.decay = module, at_hand, decay
         self._forget = getattr(module, "empty_partition_cache", None)
         """With ZeRO stage 3: gathered weights that are older than the shares are not used again."""
-        own = module.module if self._forget is not None else module
+        own: Any = module.module if self._forget is not None else module
         self._parameters = dict(own.named_parameters()) if decay is not None else {}
         # In bfloat16 a small share of a small change rounds to nothing: the average itself is kept in float32.
         self.average = {name: _held(parameter).float() for name, parameter in self._parameters.items()}
