@@ -127,7 +127,8 @@ def test_a_version_holds_the_adapters_alone_and_becomes_the_merged_weights(publi
     assert type(weights).model_validate_json(weights.model_dump_json()) == weights
     assert 0 < BYTES.labels("adapter")._value.get()
 
-    mirror = Mirror(tmp_path / "own", "m", lambda: tiny_model)
+    asked = []
+    mirror = Mirror(tmp_path / "own", "m", lambda: asked.append(1) or tiny_model)
     for seed in (2, 3):
         weights = publish(publisher, policy, model, V(version=seed))
         expected = merged(policy, model)
@@ -138,6 +139,8 @@ def test_a_version_holds_the_adapters_alone_and_becomes_the_merged_weights(publi
         changed = {name for name in base if not torch.equal(found[name], base[name].to(found[name].dtype))}
         assert changed == {name for name in base if name.endswith(tuple(f"{t}.weight" for t in SETTINGS["targets"]))}
         move(policy, seed)
+
+    assert len(asked) == 1  # a name of the hub is not looked up for every version
 
     from transformers import AutoModelForCausalLM
 

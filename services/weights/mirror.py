@@ -45,6 +45,7 @@ class Mirror:
         self._remove = weakref.finalize(self, _remove, self.path, self._lock)
         self.version: Version | None = None
         self._base = base
+        self._base_folder: Path | None = None
         self._bases: dict[str, str] = {}
         """The base model's checksum by dtype."""
         self._merged: tuple[Adapter, frozenset[str]] | None = None
@@ -105,7 +106,7 @@ class Mirror:
     def _merge(self, weights: WeightVersion, adapter: Adapter) -> None:
         if self._base is None:
             raise DamagedWeights("there is no model here that adapters could be added to")
-        base = self._base()
+        base = self._base_folder = self._base_folder or self._base()
         stands = adapter, frozenset(entry.name for entry in weights.manifest)
         if self._merged != stands:
             self._become_base(base, adapter)
