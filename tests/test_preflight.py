@@ -140,6 +140,7 @@ def test_length_that_explains_all_is_noted():
         ({"all_right": SETTLED / 2, "all_wrong": SETTLED / 2 - 0.01}, {}, "go", "points at right"),
         ({}, {"groups": FEW - 1, "gain": around(-0.5, 0.1)}, "caution", "--prompts"),
         ({}, {"groups": FEW, "gain": around(-0.5, 0.1)}, "stop", "WRONG"),
+        ({}, {"auc": around(0.45, 0.1)}, "caution", "does not tell"),
         ({}, {"mixed": FEW - 1, "auc": around(0.1, 0.1)}, "caution", f"only {FEW - 1} groups"),
         ({}, {"mixed": FEW, "auc": around(0.1, 0.1)}, "stop", "inside groups"),
     ],
@@ -373,6 +374,15 @@ def test_keys_that_are_taken_and_answers_that_cannot_be_compared():
     assert measured(taken, other, {"default"}).judge == "code_tests.preflight"
 
 
+def test_terms_of_some_sources_alone():
+    margin, judge = RewardTerm(name="margin", sources=["a"]), RewardTerm(name="gsm8k", sources=["a"])
+    spec = RewardSpec(rewards=[margin, judge])
+    assert measured(spec, None, {"a"}).intrinsic["margin"] == "margin"
+    assert measured(spec, None, {"a", "b"}).intrinsic["margin"] == "margin.preflight"
+    mixed = [Task(task_id=source, prompt="p", source=source) for source in "ab"]
+    assert find_judge(recipe_of(), spec, mixed) == judge and find_judge(recipe_of(), spec, mixed[1:]) is None
+
+
 def test_every_reward_it_measures_is_one():
     """By the reward server's own check, for every kind of judge."""
     from reward_server.specs import check_spec
@@ -577,6 +587,12 @@ def test_refusals(arguments, words, recipe_file, monkeypatch, capfd):
     code, shown, said = run(monkeypatch, capfd, "preflight", recipe_file, *arguments)
     assert code == 2 and not shown
     assert words in said.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["reward", "rollout"])
+def test_what_follows_no_run_needs_no_telling(kind, monkeypatch, capfd):
+    code, _, said = run(monkeypatch, capfd, "serve", kind, "--model", "m", "--no-follow")
+    assert code == 2 and "--no-follow: is for the run of a --recipe" in said
 
 
 def test_a_server_that_is_gone_is_a_failure(recipe_file, monkeypatch, capfd):
