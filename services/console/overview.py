@@ -124,7 +124,7 @@ async def _look(desk: Desk) -> Overview:
     state, tone = words(trainer, orchestrator, paused.paused)
     last, pace = history.last or {}, history.pace()
     steps: int | None = trainer.get("steps")
-    step = int(trainer.get("step", last.get("step", 0)) or 0)
+    step = int(trainer.get("step") or last.get("step") or 0)
     left = None
     if steps is not None and pace is not None and trainer.get("state") in ("waiting", "training") and not paused.paused:
         left = (steps - step) * pace
