@@ -26,9 +26,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PUBLISHED = Gauge("rlif_weight_published_version", "Newest version this trainer published", ["run"])
-BYTES = Counter(
-    "rlif_weight_published_bytes_total", "Bytes of published weights: disk (whole), delta, adapter, ...", ["transport"]
-)
+BYTES = Counter("rlif_weight_published_bytes_total", "Bytes of published weights, whole (disk) or not", ["transport"])
 
 
 class Superseded(Exception):
