@@ -210,7 +210,7 @@ async def publish(trainer: Broadcaster, step: int, lineage: int = 0):
     return await asyncio.to_thread(trainer.publish, v(step, lineage), weights_of(step).items())
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends
@@ -228,7 +228,7 @@ async def test_one_broadcast_feeds_rollout_and_scorer(redis_url, run, tmp_path, 
             first = await publish(trainer, 0)
             assert first.transport == "disk"
             for each in (one, other):
-                await each.follower.at_least(v(0), 10)
+                await each.follower.at_least(v(0), 60)
             before = broadcasts()
             for step in (1, 2, 3):
                 made = await publish(trainer, step)
@@ -251,19 +251,19 @@ async def test_one_broadcast_feeds_rollout_and_scorer(redis_url, run, tmp_path, 
 async def test_a_server_that_starts_late_has_a_broadcast_of_its_own(redis_url, run, trainer):
     async with server(redis_url, run, "a") as one:
         await publish(trainer, 0)
-        await one.follower.at_least(v(0), 10)
+        await one.follower.at_least(v(0), 60)
         before = broadcasts()
         await publish(trainer, 1)
-        await one.follower.at_least(v(1), 10)
+        await one.follower.at_least(v(1), 60)
         await until(lambda: broadcasts() - before == 1)  # counted when the servers have theirs
         async with server(redis_url, run, "b") as late:
-            await late.follower.at_least(v(1), 10)
+            await late.follower.at_least(v(1), 60)
             assert same(late.engine.tensors, weights_of(1)) and not late.engine.events[0].startswith("file")
             await until(lambda: broadcasts() - before == 2)
             assert len(one.engine.tickets) == 1
             await publish(trainer, 2)
             for each in (one, late):
-                await each.follower.at_least(v(2), 10)
+                await each.follower.at_least(v(2), 60)
             assert one.engine.tickets[-1].call == late.engine.tickets[-1].call
             assert one.engine.tickets[-1].call.size == 3
 
@@ -272,7 +272,7 @@ async def test_who_sits_is_called_to_what_is_newest_by_then(redis_url, run, trai
     """A server slower to finish what is in flight than the trainer's steps gets new weights all the same."""
     async with server(redis_url, run, "slow") as one:
         await publish(trainer, 0)
-        await one.follower.at_least(v(0), 10)
+        await one.follower.at_least(v(0), 60)
         monkeypatch.setattr(trainer.sender, "_look", lambda load: trainer.sender.renew())
         await publish(trainer, 1)
         await until(lambda: one.engine.events[-1] == "pause")
@@ -281,7 +281,7 @@ async def test_who_sits_is_called_to_what_is_newest_by_then(redis_url, run, trai
         monkeypatch.setattr(pointer, "advance", lambda *given: time.sleep(0.3) or advance(*given))
         failed = broadcasts("failed")
         await publish(trainer, 2)
-        assert await one.follower.at_least(v(1), 10) == v(2)
+        assert await one.follower.at_least(v(1), 60) == v(2)
         assert same(one.engine.tensors, weights_of(2)) and one.engine.events.count("pause") == 1
         assert broadcasts("failed") == failed  # nobody is called before redis names what to
 
@@ -293,7 +293,7 @@ async def test_without_a_trainer_the_newest_files_are_served(redis_url, run, tmp
         async with connect(redis_url) as redis:
             assert (await meeting.offered(redis, run)).seconds == 2
     async with server(redis_url, run, "late") as one:
-        await one.follower.at_least(v(0), 10)
+        await one.follower.at_least(v(0), 60)
         assert same(one.engine.tensors, weights_of(0)) and "pause" not in one.engine.events
         assert "weights 0.2 refused: no trainer offers" in one.follower.refusal or one.follower.refusal == ""
         with trainer_of(redis_url, run, tmp_path) as trainer:
@@ -307,7 +307,7 @@ async def test_without_a_trainer_the_newest_files_are_served(redis_url, run, tmp
 async def test_a_trainer_that_dies_lets_those_who_sit_go_on(redis_url, run, trainer, monkeypatch):
     async with server(redis_url, run, "a") as one:
         await publish(trainer, 0)
-        await one.follower.at_least(v(0), 10)
+        await one.follower.at_least(v(0), 60)
         monkeypatch.setattr(trainer.sender, "_look", lambda load: None)  # it offers once, and never again
         await publish(trainer, 1)
         await until(lambda: "pause" in one.engine.events)
@@ -324,10 +324,10 @@ async def test_a_server_that_always_fails_keeps_nobody_else_from_weights(redis_u
             monkeypatch.setattr(bad.engine, "take", lambda ticket: 1 / 0)  # at once; the others wait for it on the line
             await publish(trainer, 0)
             for each in (sound, bad):
-                await each.follower.at_least(v(0), 10)
+                await each.follower.at_least(v(0), 60)
             failed = broadcasts("failed")
             await publish(trainer, 1)
-            await sound.follower.at_least(v(1), 10)
+            await sound.follower.at_least(v(1), 60)
             await until(lambda: broadcasts("failed") - failed == 2)  # together, then alone
             await publish(trainer, 2)
             await sound.follower.at_least(v(2), 5)
@@ -336,11 +336,11 @@ async def test_a_server_that_always_fails_keeps_nobody_else_from_weights(redis_u
             monkeypatch.undo()
             trainer._every = 1
             await publish(trainer, 3)
-            await bad.follower.at_least(v(3), 10)
+            await bad.follower.at_least(v(3), 60)
             trainer._every = 50
             await publish(trainer, 4)
             for each in (sound, bad):
-                await each.follower.at_least(v(4), 10)
+                await each.follower.at_least(v(4), 60)
                 assert same(each.engine.tensors, weights_of(4))
 
 
@@ -351,7 +351,7 @@ async def test_a_server_that_takes_no_broadcasts_says_so_and_serves_files(redis_
     await publish(trainer, 0)
     await publish(trainer, 1)
     await following.start()
-    await following.at_least(v(0), 10)
+    await following.at_least(v(0), 60)
     await until(lambda: "takes part in no broadcasts" in following.refusal)
     assert following.version == v(0)
     await following.stop()
@@ -365,7 +365,7 @@ async def test_the_last_version_is_left_as_files(redis_url, run, tmp_path):
         with connect_sync(redis_url) as redis:
             assert pointer.newest_version_sync(redis, run) == v(1) and redis.get(Keys(run).weights_offer) is None
     async with server(redis_url, run, "late") as one:
-        await one.follower.at_least(v(1), 10)
+        await one.follower.at_least(v(1), 60)
         assert same(one.engine.tensors, weights_of(1)) and one.engine.events == ["file 0.1"]
         assert Path(last.location).exists()
 
