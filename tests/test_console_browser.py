@@ -109,6 +109,9 @@ def test_a_sample_opens_and_its_tokens_are_shaded(browser, run):
         browser.one(".shading a").click()
     shades = {found.value_of_css_property("background-color") for found in browser.all(".token")}
     assert len(browser.all(".token")) > 8 and len(shades) > 2
+    is_sound(browser)
+    browser.open(browser.driver.current_url, width=390, dark=True)
+    is_sound(browser)
     browser.one(".token").click()
     assert browser.one("#tip").is_displayed() or browser.run(
         "document.querySelector('.token').focus(); return !document.getElementById('tip').hidden"

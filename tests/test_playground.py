@@ -393,7 +393,7 @@ def check_harmless(answer):
     policy = answer.headers["content-security-policy"]
     assert policy == (
         "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
     return page
 
