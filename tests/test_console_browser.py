@@ -94,7 +94,8 @@ def test_curves_move_and_other_runs_are_laid_over(browser, run):
     assert set(names) == {"reward", "rollout"}
     browser.one(".over summary").click()
     browser.one("[name=over][value=earlier]").click()
-    until(browser, lambda: [item.text for item in browser.all("#legend li")] == ["watched", "earlier"], "both runs")
+    runs = "return [...document.querySelectorAll('#legend li')].map(e => e.innerText)"
+    until(browser, lambda: browser.run(runs) == ["watched", "earlier"], "both runs")
     assert browser.hosts() == {run.url.removeprefix("http://")}
     is_sound(browser)
 
@@ -187,7 +188,7 @@ def test_a_spec_is_previewed_and_then_applied(browser, run):
     browser.one("#preview").click()
     until(browser, lambda: browser.all("#previewed .tiles"), "the preview")
     text = browser.one("#previewed").text
-    assert re.search(r"\u22121\.00\s+correlation", text) and "last 100 groups" in text
+    assert re.search(r"\u22121\.00\s+correlation", text) and re.search(r"last \d+ groups", text)
     is_sound(browser)
     browser.one("#spec").send_keys(" ")
     assert not browser.one("#apply").is_enabled()  # only what was previewed is applied
