@@ -1,5 +1,6 @@
 """The console of a real run (`rlif up` on a tiny model) in a real headless Chromium: looked at, and obeyed."""
 
+import asyncio
 import re
 import time
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from faults.faulty_run import Run, write_recipe
 from selenium.webdriver.support.ui import WebDriverWait
 
 from services import codec
+from services.console.report import write
 from services.contract import ScoredGroup
 from services.keys import Keys
 from services.redis import connect_sync
@@ -217,7 +219,7 @@ def test_looks(browser, run, path):
     assert grounds[1280, True] == grounds[390, True] != grounds[390, False]
 
 
-def test_stop_ends_the_run_with_a_checkpoint(browser, run):
+def test_stop_ends_the_run_with_a_checkpoint_and_a_report_can_be_mailed(browser, run, tmp_path):
     browser.open(run.url + "/console/control")
     browser.type("#admin-token", ADMIN)
     browser.run("window.confirm = () => true")
@@ -228,3 +230,13 @@ def test_stop_ends_the_run_with_a_checkpoint(browser, run):
     assert (run.dir / "checkpoints").is_dir() and any(
         path.name.endswith(f"-{last}") for path in (run.dir / "checkpoints").iterdir()
     )
+    asyncio.run(write(run.dir, tmp_path / "report.html"))  # the run's private redis is started for it
+    for width, dark in [(1280, False), (390, True)]:
+        browser.open((tmp_path / "report.html").as_uri(), width=width, dark=dark)
+        until(browser, lambda: browser.all("#charts figure canvas"), "charts")
+        assert "Stopped, with a checkpoint" in browser.one(".headline").text
+        browser.one(".sample summary").click()
+        is_sound(browser)
+    browser.hosts()
+    browser.driver.refresh()
+    assert browser.hosts() == set()
