@@ -696,6 +696,11 @@ def test_bad_previews_name_the_field(reward_url):
     ]:
         answer = httpx.post(f"{reward_url}/v1/specs/preview", json={"spec": spec, "groups": [group]})
         assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == field, answer.text
+    routed = {"rewards": [{"name": "length", "sources": ["quiz"]}]}
+    for source, valid in [("quiz", True), ("other", False)]:
+        body = {"spec": routed, "groups": [{**good, "source": source}]}
+        answer = httpx.post(f"{reward_url}/v1/specs/preview", json=body).json()
+        assert [score["valid"] for score in answer["groups"][0]["scores"]] == [valid] * 2 and answer["missing"] == []
     late = {**good, "weight_version": Version(version=3).model_dump()}
     answer = httpx.post(f"{reward_url}/v1/specs/preview", json={"spec": scheduled, "groups": [late]}).json()
     assert [score["valid"] for score in answer["groups"][0]["scores"]] == [False, False]

@@ -1,5 +1,6 @@
 """The console of a real run (`rlif up` on a tiny model) in a real headless Chromium: looked at, and obeyed."""
 
+import asyncio
 import re
 import time
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from faults.faulty_run import Run, write_recipe
 from selenium.webdriver.support.ui import WebDriverWait
 
 from services import codec
+from services.console.report import write
 from services.contract import ScoredGroup
 from services.keys import Keys
 from services.redis import connect_sync
@@ -94,7 +96,8 @@ def test_curves_move_and_other_runs_are_laid_over(browser, run):
     assert set(names) == {"reward", "rollout"}
     browser.one(".over summary").click()
     browser.one("[name=over][value=earlier]").click()
-    until(browser, lambda: [item.text for item in browser.all("#legend li")] == ["watched", "earlier"], "both runs")
+    runs = "return [...document.querySelectorAll('#legend li')].map(e => e.innerText)"
+    until(browser, lambda: browser.run(runs) == ["watched", "earlier"], "both runs")
     assert browser.hosts() == {run.url.removeprefix("http://")}
     is_sound(browser)
 
@@ -187,7 +190,7 @@ def test_a_spec_is_previewed_and_then_applied(browser, run):
     browser.one("#preview").click()
     until(browser, lambda: browser.all("#previewed .tiles"), "the preview")
     text = browser.one("#previewed").text
-    assert re.search(r"\u22121\.00\s+correlation", text) and "last 100 groups" in text
+    assert re.search(r"\u22121\.00\s+correlation", text) and re.search(r"last \d+ groups", text)
     is_sound(browser)
     browser.one("#spec").send_keys(" ")
     assert not browser.one("#apply").is_enabled()  # only what was previewed is applied
@@ -216,7 +219,7 @@ def test_looks(browser, run, path):
     assert grounds[1280, True] == grounds[390, True] != grounds[390, False]
 
 
-def test_stop_ends_the_run_with_a_checkpoint(browser, run):
+def test_stop_ends_the_run_with_a_checkpoint_and_a_report_can_be_mailed(browser, run, tmp_path):
     browser.open(run.url + "/console/control")
     browser.type("#admin-token", ADMIN)
     browser.run("window.confirm = () => true")
@@ -227,3 +230,13 @@ def test_stop_ends_the_run_with_a_checkpoint(browser, run):
     assert (run.dir / "checkpoints").is_dir() and any(
         path.name.endswith(f"-{last}") for path in (run.dir / "checkpoints").iterdir()
     )
+    asyncio.run(write(run.dir, tmp_path / "report.html"))  # the run's private redis is started for it
+    for width, dark in [(1280, False), (390, True)]:
+        browser.open((tmp_path / "report.html").as_uri(), width=width, dark=dark)
+        until(browser, lambda: browser.all("#charts figure canvas"), "charts")
+        assert "Stopped, with a checkpoint" in browser.one(".headline").text
+        browser.one(".sample summary").click()
+        is_sound(browser)
+    browser.hosts()
+    browser.driver.refresh()
+    assert browser.hosts() == set()

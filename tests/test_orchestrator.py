@@ -860,7 +860,8 @@ async def test_a_second_roll_back_to_the_same_place_stops_the_run_and_restarts_r
         await trainer.queue.redis.hset(Keys(chosen.run.name).status, "trainer", status)
         assert await over(task) == 0
     # The first orchestrator was ended while it told: rather twice than never.
-    assert {body["message"] for body in web_hook.bodies} == {stop.reason.removeprefix("by the collapse guard: ").partition(": ")[2]}
+    alarm = stop.reason.removeprefix("by the collapse guard: ").partition(": ")[2]
+    assert {body["message"] for body in web_hook.bodies} == {alarm}
     assert 2 <= len(web_hook.bodies) <= 3
 
 
