@@ -617,7 +617,7 @@ async def test_it_can_stay_after_the_last_step(make_recipe, clean, rollouts, rew
 
 
 async def test_a_silent_trainer_is_named(make_recipe, clean, rollouts, reward_server):
-    chosen = make_recipe(trainer__batch_deadline_seconds=1.0)
+    chosen = make_recipe(trainer__batch_deadline_seconds=2.0)
     async with running(chosen, clean, rollouts.url, reward_server) as task:
         with pytest.raises(RunFailed, match="the trainer did not publish its first weights within 1 s"):
             await over(task)
@@ -983,7 +983,7 @@ async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(
 
 
 async def test_pause_admits_nothing_and_resume_goes_on(make_recipe, clean, rollouts, reward_server):
-    chosen = make_recipe(trainer__batch_deadline_seconds=1.0)
+    chosen = make_recipe(trainer__batch_deadline_seconds=2.0)
     trainer = Trainer(clean.url, chosen.run.name, rollouts)
     redis, run = connect(clean.url), chosen.run.name
     async with running(chosen, clean, rollouts.url, reward_server) as task:
@@ -995,7 +995,7 @@ async def test_pause_admits_nothing_and_resume_goes_on(make_recipe, clean, rollo
         made, queued = len(rollouts.made), (await trainer.queue.depth()).queued
         for _ in range(queued // PER_STEP):
             await trainer.train()
-        await asyncio.sleep(1.5)  # longer than the trainer may otherwise be without a step
+        await asyncio.sleep(2.5)  # longer than the trainer may otherwise be without a step
         assert len(rollouts.made) == made and not task.done()
         await pause.put(redis, run, False)
         while len(trainer.steps) < STEPS:
