@@ -453,9 +453,9 @@ async def test_self_certainty_as_a_reward(url, oracles):
 
 
 async def test_adapters_are_merged_into_the_model_that_the_engine_was_started_with(url, folders, publisher, real):
-    merged = await asyncio.to_thread(publish_adapters, publisher, v(3), folders[2])
+    merged = await asyncio.to_thread(publish_adapters, publisher, v(3, 1), folders[2])
     (one,) = [replace(item, completion_ids=item.completion_ids[:40]) for item in real[:1]]
-    (found,) = (await asyncio.to_thread(post, url, "/v1/score", score_body([one], v(3))))["results"]
+    (found,) = (await asyncio.to_thread(post, url, "/v1/score", score_body([one], v(3, 1))))["results"]
     with torch.no_grad():
         logits = merged(torch.tensor([one.prompt_ids + one.completion_ids])).logits[0, len(one.prompt_ids) - 1 : -1]
     expected = (logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1]))[: found["n_tokens"]].mean()
