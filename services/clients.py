@@ -439,5 +439,10 @@ class BlockingRewardClient:
     def put_spec(self, name: str, spec: RewardSpec, deadline_seconds: float | None = None) -> SpecEntry:
         return self._run(self._client.put_spec, name, spec, deadline_seconds)
 
+    def preview_spec(
+        self, spec: RewardSpec, groups: list[PreviewGroup], deadline_seconds: float | None = None
+    ) -> PreviewResponse:
+        return self._run(self._client.preview_spec, spec, groups, deadline_seconds)
+
     def delete_spec(self, name: str, deadline_seconds: float | None = None) -> None:
         self._run(self._client.delete_spec, name, deadline_seconds)

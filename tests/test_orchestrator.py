@@ -617,7 +617,7 @@ async def test_it_can_stay_after_the_last_step(make_recipe, clean, rollouts, rew
 
 
 async def test_a_silent_trainer_is_named(make_recipe, clean, rollouts, reward_server):
-    chosen = make_recipe(trainer__batch_deadline_seconds=2.0)
+    chosen = make_recipe(trainer__batch_deadline_seconds=1.0)
     async with running(chosen, clean, rollouts.url, reward_server) as task:
         with pytest.raises(RunFailed, match="the trainer did not publish its first weights within 1 s"):
             await over(task)

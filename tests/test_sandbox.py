@@ -237,22 +237,27 @@ class Starved(Bubblewrap):
 
 
 @pytest.fixture
-def hog():
-    """This process and its children have one CPU, which another process keeps busy."""
+def hogs():
+    """This process and its children have one CPU, which others keep busy: processes of sessions of their own, since
+    Linux may share a CPU out by sessions first (sched_autogroup)."""
     cpus = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cpus)})
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    yield process
-    process.kill()
-    process.wait()
+    argv = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(argv, start_new_session=True) for _ in range(8)]
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
     os.sched_setaffinity(0, cpus)
 
 
-async def test_a_machine_too_busy_makes_no_verdict(hog):
+async def test_a_machine_too_busy_makes_no_verdict(hogs):
     sandbox = Starved(frozenset({"python"}), concurrency=1)
-    hog.send_signal(signal.SIGSTOP)
+    for hog in hogs:
+        hog.send_signal(signal.SIGSTOP)
     await started(sandbox)
-    hog.send_signal(signal.SIGCONT)
+    for hog in hogs:
+        hog.send_signal(signal.SIGCONT)
     spinning = "import time\nwhile time.process_time() < 0.5: pass\nprint(7)"
     results = await run(sandbox, spinning, "1", "2", wall_seconds=0.4)
     assert [result.status for result in results] == ["deadline", "deadline"] and "too busy" in results[0].detail
