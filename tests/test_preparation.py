@@ -358,6 +358,7 @@ def test_7500_rows_take_seconds(run, tmp_path):
         (["math", "o.jsonl", "--file", "M", "--pass-rates", "M", "--keep", "x"], "--keep x: write LOW:HIGH"),
         (["math", "o.jsonl", "--file", "M", "--decontaminate", "gone"], "there is no file gone"),
         (["math", "o.jsonl", "--file", "M", "--tokenizer", "./gone"], "no tokenizer for './gone'"),
+        (["math", "o.jsonl", "--file", "M", "--max-prompt-tokens", "9"], "--max-prompt-tokens 9: name the model"),
     ],
 )
 def test_refusals_are_one_line(monkeypatch, capsys, tmp_path, arguments, says):

@@ -152,7 +152,9 @@ def prepare_command(
     seed: Annotated[int, typer.Option(help="Decides the order, and each problem's template.", min=0)] = 0,
     prompt: Annotated[str | None, typer.Option(help="Prompt to put around each problem, as intuitor-3b@1.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Model whose tokenizer counts --max-prompt-tokens.")] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are left out.", min=1)] = 512,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="With --tokenizer, longer prompts are left out; 512 when left out.", min=1)
+    ] = None,
     pass_rates: Annotated[
         list[Path] | None, typer.Option(help="Earlier results (JSONL: id or task_id, and a rate).")
     ] = None,
@@ -172,6 +174,8 @@ def prepare_command(
         raise StartupError(f"{out}: the file to write ends in .jsonl")
     if (keep is None) == bool(pass_rates):
         raise StartupError("--pass-rates and --keep belong together: give both or neither")
+    if max_prompt_tokens is not None and tokenizer is None:
+        raise StartupError(f"--max-prompt-tokens {max_prompt_tokens}: name the model that counts them, --tokenizer")
     if rating is not None and what != "code_contests":
         raise StartupError(f"--rating {rating}: only the problems of code_contests are rated")
     try:
@@ -185,7 +189,7 @@ def prepare_command(
     filters = Filters(
         rating=_range("--rating", rating), decontaminate=decontaminate or [], pass_rates=pass_rates or [],
         pass_rate_field=pass_rate_field, keep=_range("--keep", keep) or (0.0, 1.0), tokenizer=tokenizer,
-        max_prompt_tokens=max_prompt_tokens, max_tests=max_tests, limit=limit,
+        max_prompt_tokens=None if tokenizer is None else max_prompt_tokens or 512, max_tests=max_tests, limit=limit,
     )  # fmt: skip
     for path in [*filters.decontaminate, *filters.pass_rates]:
         if not path.is_file():

@@ -39,7 +39,7 @@ class Filters(Section):
     pass_rate_field: str = "pass_rate"
     keep: Range = (0.0, 1.0)
     tokenizer: str | None = None
-    max_prompt_tokens: int = Field(512, ge=1)
+    max_prompt_tokens: int | None = Field(None, ge=1)
     max_tests: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
 
@@ -112,13 +112,14 @@ def _filters(filters: Filters, prompt: str | None, seed: int) -> Iterator[tuple[
         low, high = filters.keep
         yield "pass_rate_unknown", lambda found: [task for task in found if task.task_id in rates]
         yield "pass_rate", lambda found: [task for task in found if low <= rates[task.task_id] <= high]
-    if filters.tokenizer is not None:
+    if filters.tokenizer is not None and filters.max_prompt_tokens is not None:
+        most = filters.max_prompt_tokens
         tokenizer = load_tokenizer(Model(path=filters.tokenizer))
 
         def short(found: list[Task]) -> list[Task]:
             asked = [_asked(task, prompt, seed, tokenizer.chat_template is not None) for task in found]
             lengths = prompt_lengths(asked, tokenizer)
-            return [task for task, size in zip(found, lengths, strict=True) if size <= filters.max_prompt_tokens]
+            return [task for task, size in zip(found, lengths, strict=True) if size <= most]
 
         yield "too_long", short
 
