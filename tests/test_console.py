@@ -529,7 +529,8 @@ def test_on_loopback_other_sites_pages_are_refused(run):
     """Without tokens the machine's own user may do all; what his browser is told to do by others is refused."""
     with console(run) as client:
         for method, path, body in [*CHANGES, ("POST", "/console/preview", {})]:
-            assert client.request(method, path, json=body, headers={"Origin": "http://evil.example"}).status_code == 403
+            for origin in ("http://evil.example", "http://[", "null"):
+                assert client.request(method, path, json=body, headers={"Origin": origin}).status_code == 403
             assert client.request(method, path, json=body, headers={"Host": "evil.example"}).status_code == 421
         for path in (*PAGES, *DATA):
             assert client.get(path, headers={"Host": "evil.example"}).status_code == 421
