@@ -23,7 +23,7 @@ from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.clients import RewardClient
 from services.commands import Obeyed, Stop, parse
-from services.console import history, live, samples
+from services.console import curves, history, live, pages, samples
 from services.console import overview as overview_module
 from services.console import source as source_module
 from services.console.app import create
@@ -32,11 +32,12 @@ from services.console.history import History
 from services.console.overview import duration, guard, words
 from services.console.pages import ASSETS, PATHS
 from services.console.report import write
-from services.console.source import Source
+from services.console.source import Source, sit_down
 from services.contract import Score, Task, Version
 from services.keys import Keys
+from services.problem import Problem
 from services.queue import GroupQueue
-from services.redis import connect, connect_sync
+from services.redis import DeadlineExceeded, connect, connect_sync
 from services.spec import RewardSpec
 from services.steps import read_steps
 
@@ -304,14 +305,83 @@ def test_the_overview_shows_where_the_run_stands(run):
         assert said in text, said
 
 
-def test_a_redis_that_is_away_is_said(tmp_path, monkeypatch):
-    for module in (history, samples, source_module, overview_module):
-        monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
-    with served(create(Source(f"unix://{tmp_path}/none.sock", "x"), HttpSettings())) as url:
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    """A run whose redis is away, and pages that wait for it a little."""
+    for module in (history, samples, source_module, overview_module, curves):
+        monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.4)
+    return Source(f"unix://{tmp_path}/none.sock", "x", ("http://127.0.0.1:9",))
+
+
+def test_a_redis_that_is_away_is_said(away):
+    with served(create(away, HttpSettings())) as url:
         for path in ("/", "/console/samples", "/console/dead"):
             answer = httpx.get(url + path, timeout=30)
             assert answer.status_code == 503 and "redis did not answer" in answer.text
         assert httpx.get(url + "/console/curves", timeout=30).status_code == 503
+
+
+def test_a_redis_that_goes_while_a_page_is_made_is_said(away, monkeypatch):
+    async def look(desk):
+        return overview_module._blank(desk.run_id, "")
+
+    monkeypatch.setattr(pages, "look", look)
+    with served(create(away, HttpSettings())) as url:
+        answer = httpx.get(url, timeout=30)
+    assert answer.status_code == 503 and "redis did not answer" in answer.text
+
+
+def test_open_pages_wait_for_redis_once_together(away):
+    async def ask():
+        desk = sit_down(away)
+        gone = asyncio.create_task(desk.history())
+        asking = [asyncio.create_task(desk.history(name)) for name in (None, "other") for _ in range(8)]
+        await asyncio.sleep(0.05)
+        gone.cancel()  # a page that is left takes nothing from the others
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        await desk.close()
+        return found
+
+    began = time.monotonic()
+    assert {type(one) for one in asyncio.run(ask())} == {DeadlineExceeded}
+    assert time.monotonic() - began < 3 * 0.4
+
+
+def test_the_runs_looked_at_last_stay_in_memory(run, monkeypatch):
+    monkeypatch.setattr(source_module, "MOST_HISTORIES", 2)
+
+    async def ask():
+        desk = sit_down(run.source())
+        for name in ("a", None, "b", "a", "c"):
+            await desk.history(name)
+        await desk.close()
+        return set(desk.histories)
+
+    assert asyncio.run(ask()) == {run.name, "a", "c"}
+
+
+def test_the_pace_can_be_told_while_steps_arrive(run, monkeypatch):
+    def slowly(rows, row):
+        lost = keep(rows, row)
+        time.sleep(0.005)
+        return lost
+
+    keep = history.keep
+    monkeypatch.setattr(history, "keep", slowly)
+    for step in range(1, 21):
+        run.step(step)
+
+    async def ask():
+        redis = connect(run.url)
+        told = History(redis, run.name)
+        reading = asyncio.create_task(told.refresh())
+        while not reading.done():
+            assert told.pace() is None or told.last["step"] in told.times
+            await asyncio.sleep(0)
+        await reading
+        await redis.aclose()
+
+    asyncio.run(ask())
 
 
 def events(client, **query):
@@ -353,6 +423,27 @@ def test_only_so_many_pages_are_kept_up_to_date(run, monkeypatch):
         refused = client.get("/console/events")
         assert refused.status_code == 429 and "Retry-After" in refused.headers
         heard.close()
+
+
+def test_places_are_counted_when_given_and_come_back(run, monkeypatch):
+    monkeypatch.setattr(live, "MOST_STREAMS", 1)
+
+    async def leave():
+        return {"type": "http.disconnect"}
+
+    async def send(_):
+        await asyncio.sleep(60)
+
+    async def ask():
+        desk = sit_down(run.source())
+        answer = await live.stream(desk, 0, 0, str)
+        with pytest.raises(Problem):
+            await live.stream(desk, 0, 0, str)
+        await answer({"type": "http"}, leave, send)  # it is left before anything was sent
+        await live.stream(desk, 0, 0, str)
+        await desk.close()
+
+    asyncio.run(ask())
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------
