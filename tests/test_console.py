@@ -23,7 +23,7 @@ from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.clients import RewardClient
 from services.commands import Obeyed, Stop, parse
-from services.console import curves, history, live, pages, samples
+from services.console import curves, history, live, pages, preview, samples
 from services.console import overview as overview_module
 from services.console import source as source_module
 from services.console.app import create
@@ -319,6 +319,8 @@ def test_a_redis_that_is_away_is_said(away):
             answer = httpx.get(url + path, timeout=30)
             assert answer.status_code == 503 and "redis did not answer" in answer.text
         assert httpx.get(url + "/console/curves", timeout=30).status_code == 503
+        answer = httpx.put(url + "/v1/run/spec", json=SPEC.model_dump(mode="json"), timeout=30)
+        assert answer.status_code == 503 and "redis did not answer" in answer.text
 
 
 def test_a_redis_that_goes_while_a_page_is_made_is_said(away, monkeypatch):
@@ -717,6 +719,47 @@ def test_a_spec_is_previewed_and_applied(run, reward_url):
         assert put.status_code == 200 and put.json()["spec_id"] == changed.spec_id and put.json()["name"] == "mine"
         assert client.put("/v1/run/spec", json={"rewards": [{"name": "nobody"}]}).status_code == 422
     assert httpx.get(f"{reward_url}/v1/specs/mine").json()["spec_id"] == changed.spec_id
+
+
+def test_what_an_unknown_spec_measured_does_not_count(run, reward_url):
+    groups = [group.model_copy(update={"spec_id": "0" * 16}) for group in scored_by_server(reward_url, 2)]
+    run.keep(groups)
+    with console(run, reward_url) as client:
+        page = client.post("/console/preview", json=SPEC.model_dump(mode="json"))
+    assert page.status_code == 200 and "exact_match, length" in page.text
+
+
+def applied(run, urls, name):
+    async def ask():
+        desk = sit_down(run.source(*urls))
+        try:
+            return await preview.apply(desk, name, SPEC)
+        finally:
+            await desk.close()
+
+    return asyncio.run(ask())
+
+
+def test_servers_that_share_a_store_get_one_version(run, reward_url):
+    urls = (reward_url, reward_url.replace("127.0.0.1", "localhost"))
+    name = run.name  # fresh
+    assert [applied(run, urls, name), applied(run, urls, name)] == [1, 2]
+    assert httpx.get(f"{reward_url}/v1/specs/{name}").json()["spec_id"] == SPEC.spec_id
+
+
+def test_servers_that_did_not_get_the_spec_are_named(run, reward_url):
+    nobody = "http://127.0.0.1:9"
+    with served(reward_app.create(reward_app.Settings(verifier_workers=1))) as third:
+        with pytest.raises(Problem) as caught:
+            applied(run, (reward_url, nobody, third), "partly")
+        for url in (reward_url, third):
+            assert httpx.get(f"{url}/v1/specs/partly").json()["spec_id"] == SPEC.spec_id
+        with pytest.raises(Problem, match="does not answer"):
+            applied(run, (nobody, third), "nowhere")
+        assert httpx.get(f"{third}/v1/specs/nowhere").status_code == 404
+    assert caught.value.status == 503
+    there, _, missing = caught.value.detail.partition("not (")
+    assert reward_url in there and third in there and nobody in missing and third not in missing
 
 
 def test_a_preview_is_what_scoring_would_have_said(reward_url):
