@@ -23,7 +23,7 @@ from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.clients import RewardClient
 from services.commands import Obeyed, Stop, parse
-from services.console import history, live, samples
+from services.console import curves, history, live, pages, preview, samples
 from services.console import overview as overview_module
 from services.console import source as source_module
 from services.console.app import create
@@ -32,11 +32,12 @@ from services.console.history import History
 from services.console.overview import duration, guard, words
 from services.console.pages import ASSETS, PATHS
 from services.console.report import write
-from services.console.source import Source
+from services.console.source import Source, sit_down
 from services.contract import Score, Task, Version
 from services.keys import Keys
+from services.problem import Problem
 from services.queue import GroupQueue
-from services.redis import connect, connect_sync
+from services.redis import DeadlineExceeded, connect, connect_sync
 from services.spec import RewardSpec
 from services.steps import read_steps
 
@@ -304,14 +305,85 @@ def test_the_overview_shows_where_the_run_stands(run):
         assert said in text, said
 
 
-def test_a_redis_that_is_away_is_said(tmp_path, monkeypatch):
-    for module in (history, samples, source_module, overview_module):
-        monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
-    with served(create(Source(f"unix://{tmp_path}/none.sock", "x"), HttpSettings())) as url:
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    """A run whose redis is away, and pages that wait for it a little."""
+    for module in (history, samples, source_module, overview_module, curves):
+        monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.4)
+    return Source(f"unix://{tmp_path}/none.sock", "x", ("http://127.0.0.1:9",))
+
+
+def test_a_redis_that_is_away_is_said(away):
+    with served(create(away, HttpSettings())) as url:
         for path in ("/", "/console/samples", "/console/dead"):
             answer = httpx.get(url + path, timeout=30)
             assert answer.status_code == 503 and "redis did not answer" in answer.text
         assert httpx.get(url + "/console/curves", timeout=30).status_code == 503
+        answer = httpx.put(url + "/v1/run/spec", json=SPEC.model_dump(mode="json"), timeout=30)
+        assert answer.status_code == 503 and "redis did not answer" in answer.text
+
+
+def test_a_redis_that_goes_while_a_page_is_made_is_said(away, monkeypatch):
+    async def look(desk):
+        return overview_module._blank(desk.run_id, "")
+
+    monkeypatch.setattr(pages, "look", look)
+    with served(create(away, HttpSettings())) as url:
+        answer = httpx.get(url, timeout=30)
+    assert answer.status_code == 503 and "redis did not answer" in answer.text
+
+
+def test_open_pages_wait_for_redis_once_together(away):
+    async def ask():
+        desk = sit_down(away)
+        gone = asyncio.create_task(desk.history())
+        asking = [asyncio.create_task(desk.history(name)) for name in (None, "other") for _ in range(8)]
+        await asyncio.sleep(0.05)
+        gone.cancel()  # a page that is left takes nothing from the others
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        await desk.close()
+        return found
+
+    began = time.monotonic()
+    assert {type(one) for one in asyncio.run(ask())} == {DeadlineExceeded}
+    assert time.monotonic() - began < 3 * 0.4
+
+
+def test_the_runs_looked_at_last_stay_in_memory(run, monkeypatch):
+    monkeypatch.setattr(source_module, "MOST_HISTORIES", 2)
+
+    async def ask():
+        desk = sit_down(run.source())
+        for name in ("a", None, "b", "a", "c"):
+            await desk.history(name)
+        await desk.close()
+        return set(desk.histories)
+
+    assert asyncio.run(ask()) == {run.name, "a", "c"}
+
+
+def test_the_pace_can_be_told_while_steps_arrive(run, monkeypatch):
+    def slowly(rows, row):
+        lost = keep(rows, row)
+        time.sleep(0.005)
+        return lost
+
+    keep = history.keep
+    monkeypatch.setattr(history, "keep", slowly)
+    for step in range(1, 21):
+        run.step(step)
+
+    async def ask():
+        redis = connect(run.url)
+        told = History(redis, run.name)
+        reading = asyncio.create_task(told.refresh())
+        while not reading.done():
+            assert told.pace() is None or told.last["step"] in told.times
+            await asyncio.sleep(0)
+        await reading
+        await redis.aclose()
+
+    asyncio.run(ask())
 
 
 def events(client, **query):
@@ -353,6 +425,27 @@ def test_only_so_many_pages_are_kept_up_to_date(run, monkeypatch):
         refused = client.get("/console/events")
         assert refused.status_code == 429 and "Retry-After" in refused.headers
         heard.close()
+
+
+def test_places_are_counted_when_given_and_come_back(run, monkeypatch):
+    monkeypatch.setattr(live, "MOST_STREAMS", 1)
+
+    async def leave():
+        return {"type": "http.disconnect"}
+
+    async def send(_):
+        await asyncio.sleep(60)
+
+    async def ask():
+        desk = sit_down(run.source())
+        answer = await live.stream(desk, 0, 0, str)
+        with pytest.raises(Problem):
+            await live.stream(desk, 0, 0, str)
+        await answer({"type": "http"}, leave, send)  # it is left before anything was sent
+        await live.stream(desk, 0, 0, str)
+        await desk.close()
+
+    asyncio.run(ask())
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------
@@ -529,7 +622,8 @@ def test_on_loopback_other_sites_pages_are_refused(run):
     """Without tokens the machine's own user may do all; what his browser is told to do by others is refused."""
     with console(run) as client:
         for method, path, body in [*CHANGES, ("POST", "/console/preview", {})]:
-            assert client.request(method, path, json=body, headers={"Origin": "http://evil.example"}).status_code == 403
+            for origin in ("http://evil.example", "http://[", "null"):
+                assert client.request(method, path, json=body, headers={"Origin": origin}).status_code == 403
             assert client.request(method, path, json=body, headers={"Host": "evil.example"}).status_code == 421
         for path in (*PAGES, *DATA):
             assert client.get(path, headers={"Host": "evil.example"}).status_code == 421
@@ -625,6 +719,47 @@ def test_a_spec_is_previewed_and_applied(run, reward_url):
         assert put.status_code == 200 and put.json()["spec_id"] == changed.spec_id and put.json()["name"] == "mine"
         assert client.put("/v1/run/spec", json={"rewards": [{"name": "nobody"}]}).status_code == 422
     assert httpx.get(f"{reward_url}/v1/specs/mine").json()["spec_id"] == changed.spec_id
+
+
+def test_what_an_unknown_spec_measured_does_not_count(run, reward_url):
+    groups = [group.model_copy(update={"spec_id": "0" * 16}) for group in scored_by_server(reward_url, 2)]
+    run.keep(groups)
+    with console(run, reward_url) as client:
+        page = client.post("/console/preview", json=SPEC.model_dump(mode="json"))
+    assert page.status_code == 200 and "exact_match, length" in page.text
+
+
+def applied(run, urls, name):
+    async def ask():
+        desk = sit_down(run.source(*urls))
+        try:
+            return await preview.apply(desk, name, SPEC)
+        finally:
+            await desk.close()
+
+    return asyncio.run(ask())
+
+
+def test_servers_that_share_a_store_get_one_version(run, reward_url):
+    urls = (reward_url, reward_url.replace("127.0.0.1", "localhost"))
+    name = run.name  # fresh
+    assert [applied(run, urls, name), applied(run, urls, name)] == [1, 2]
+    assert httpx.get(f"{reward_url}/v1/specs/{name}").json()["spec_id"] == SPEC.spec_id
+
+
+def test_servers_that_did_not_get_the_spec_are_named(run, reward_url):
+    nobody = "http://127.0.0.1:9"
+    with served(reward_app.create(reward_app.Settings(verifier_workers=1))) as third:
+        with pytest.raises(Problem) as caught:
+            applied(run, (reward_url, nobody, third), "partly")
+        for url in (reward_url, third):
+            assert httpx.get(f"{url}/v1/specs/partly").json()["spec_id"] == SPEC.spec_id
+        with pytest.raises(Problem, match="does not answer"):
+            applied(run, (nobody, third), "nowhere")
+        assert httpx.get(f"{third}/v1/specs/nowhere").status_code == 404
+    assert caught.value.status == 503
+    there, _, missing = caught.value.detail.partition("not (")
+    assert reward_url in there and third in there and nobody in missing and third not in missing
 
 
 def test_a_preview_is_what_scoring_would_have_said(reward_url):

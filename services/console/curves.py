@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from services.console.history import Row
-from services.console.source import Desk
+from services.console.source import PATIENCE_SECONDS, Desk
+from services.redis import insist
 from services.steps import StepsError, read_steps
 
 BUCKETS = 400
@@ -87,12 +88,14 @@ def columns(rows: dict[int, Row], wanted: Iterable[Curve]) -> dict[str, Any]:
 
 
 async def runs_to_compare(desk: Desk) -> list[str]:
-    """Names of other runs: in the same redis, then folders beside this run's."""
-    names = list[str]()
-    async for key in desk.redis.scan_iter(match="rlif:{*}:steps", count=1000):
-        name = key.decode(errors="replace").removeprefix("rlif:{").removesuffix("}:steps")
-        if name != desk.run_id and len(names) < MOST_FOUND:
-            names.append(name)
+    """Names of other runs: in the same redis, then folders beside this run's. Raises DeadlineExceeded."""
+
+    async def scan() -> list[str]:
+        keys = [key.decode(errors="replace") async for key in desk.redis.scan_iter("rlif:{*}:steps", count=1000)]
+        found = dict.fromkeys(key.removeprefix("rlif:{").removesuffix("}:steps") for key in keys)
+        return [name for name in found if name != desk.run_id][:MOST_FOUND]
+
+    names = await insist(scan, f"run {desk.run_id}: look for others", PATIENCE_SECONDS)
     folders = await asyncio.to_thread(_neighbours, desk.source.run_dir)
     return sorted(names) + [name for name in folders if name not in names]
 
@@ -113,7 +116,7 @@ async def rows_of(desk: Desk, name: str) -> dict[int, Row]:
             return {row["step"]: row for row in await asyncio.to_thread(read_steps, path)}
         except StepsError:
             return {}
-    return (await desk.history(name)).rows
+    return dict((await desk.history(name)).rows)
 
 
 async def answer(desk: Desk, over: Sequence[str]) -> dict[str, Any]:

@@ -31,16 +31,17 @@ class History:
         """Read what is new. Raises DeadlineExceeded."""
         while True:
             found = await insist(self._read, f"run {self.run_id}: read its steps", PATIENCE_SECONDS)
-            await asyncio.to_thread(self._take, found)
+            rows = await asyncio.to_thread(_rows, found)
+            # Not in the thread: pages read what changes here, all of it between two of their awaits.
+            self._take(found, rows)
             if len(found) < BATCH:
                 return
 
     async def _read(self) -> list[Any]:
         return await self.redis.xrange(Keys(self.run_id).steps, self._seen, "+", BATCH)
 
-    def _take(self, entries: list[Any]) -> None:
-        for entry_id, fields in entries:
-            row = orjson.loads(fields[b"line"])
+    def _take(self, entries: list[Any], rows: list[Row]) -> None:
+        for (entry_id, _), row in zip(entries, rows, strict=True):
             self.undone += keep(self.rows, row)
             self.fields |= {name for name, value in row.items() if value is not None}
             self.times[row["step"]] = int(entry_id.split(b"-")[0]) / 1e3
@@ -56,3 +57,7 @@ class History:
         if len(steps) < 2:
             return None
         return (self.times[steps[-1]] - self.times[steps[0]]) / (steps[-1] - steps[0])
+
+
+def _rows(entries: list[Any]) -> list[Row]:
+    return [orjson.loads(fields[b"line"]) for _, fields in entries]

@@ -3,10 +3,12 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import orjson
 from fastapi import Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from services.console.overview import Overview, look
 from services.console.source import Desk
@@ -24,32 +26,43 @@ async def stream(desk: Desk, since: int, undone: int, panel: Callable[[Overview]
     the page has are lost: it must ask for all curves anew. Raises Problem (429)."""
     if desk.streams >= MOST_STREAMS:
         raise Problem(429, "Too many pages are kept up to date", f"at most {MOST_STREAMS}", retry_after=10)
+    desk.streams += 1
     headers = {**frame.HEADERS, "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(desk, since, undone, panel), headers=headers, media_type="text/event-stream")
+    return Stream(desk, _events(desk, since, undone, panel), headers=headers, media_type="text/event-stream")
+
+
+class Stream(StreamingResponse):
+    """Gives its place back however it ends, even before anything was sent."""
+
+    def __init__(self, desk: Desk, content: AsyncIterator[bytes], **options: Any):
+        super().__init__(content, **options)
+        self.desk = desk
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.desk.streams -= 1
 
 
 async def _events(desk: Desk, since: int, undone: int, panel: Callable[[Overview], str]) -> AsyncIterator[bytes]:
-    desk.streams += 1
     ends, shown = time.monotonic() + LONGEST_SECONDS, ""
-    try:
-        while time.monotonic() < ends:
-            overview = await look(desk)
-            text = await asyncio.to_thread(panel, overview)
-            # Something is sent each time, so that a page that is gone is noticed.
-            yield _event("state", {"html": text, "state": overview.state}) if text != shown else b": still here\n\n"
-            shown = text
-            if not overview.trouble:
-                history = desk.histories[desk.run_id]
-                if history.undone != undone:
-                    undone, since = history.undone, max(history.rows, default=0)
-                    yield _event("again", {"step": since})
-                new = [row for step, row in sorted(history.rows.items()) if step > since]
-                if new:
-                    since = new[-1]["step"]
-                    yield _event("rows", {"rows": new})
-            await asyncio.sleep(EVERY_SECONDS)
-    finally:
-        desk.streams -= 1
+    while time.monotonic() < ends:
+        overview = await look(desk)
+        text = await asyncio.to_thread(panel, overview)
+        # Something is sent each time, so that a page that is gone is noticed.
+        yield _event("state", {"html": text, "state": overview.state}) if text != shown else b": still here\n\n"
+        shown = text
+        if not overview.trouble:
+            history = desk.histories[desk.run_id]
+            if history.undone != undone:
+                undone, since = history.undone, max(history.rows, default=0)
+                yield _event("again", {"step": since})
+            new = [row for step, row in sorted(history.rows.items()) if step > since]
+            if new:
+                since = new[-1]["step"]
+                yield _event("rows", {"rows": new})
+        await asyncio.sleep(EVERY_SECONDS)
 
 
 def _event(name: str, data: object) -> bytes:

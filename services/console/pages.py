@@ -81,7 +81,10 @@ def _add_pages(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
         now = await look(desk)
         if now.trouble:
             return await show(request, "away.html", reason=now.trouble, status=503)
-        others = await curves.runs_to_compare(desk)
+        try:
+            others = await curves.runs_to_compare(desk)
+        except DeadlineExceeded as error:
+            return await away(request, error)
         return await show(request, "overview.html", now=now, others=others)
 
     @routes.get("/console/samples", include_in_schema=False)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import orjson
 from pydantic import ValidationError
 
-from services.api import PreviewGroup
-from services.clients import CallError, Refused
+from services.api import PreviewGroup, SpecEntry
+from services.clients import CallError, Refused, RewardClient
 from services.console.samples import made_by, prompt_of
 from services.console.source import Desk
 from services.contract import ScoredGroup, Version
 from services.problem import Problem, field_errors
+from services.redis import DeadlineExceeded
 from services.spec import RewardSpec
 
 GROUPS = 100
@@ -100,14 +101,14 @@ async def preview(desk: Desk, spec: RewardSpec) -> Preview:
 
 
 async def _spec_of(desk: Desk, spec_id: str) -> RewardSpec | None:
-    """What a spec's id stands for; none when the server does not know it any more."""
+    """What a spec's id stands for; none when the server does not know it any more (nothing counts as measured then)."""
     found = await desk.rewards[0].list_specs(spec_id, PREVIEW_SECONDS)
     return found[0].spec if found else None
 
 
 def _body(group: ScoredGroup, spec: RewardSpec, measured_by: RewardSpec | None) -> PreviewGroup:
     wanted = {term.key: (term.name, term.params) for term in spec.rewards}
-    had = {term.key: (term.name, term.params) for term in measured_by.rewards} if measured_by else wanted
+    had = {term.key: (term.name, term.params) for term in measured_by.rewards} if measured_by else {}
     keys = [key for key in group.scores[0].components if key in wanted and had.get(key) == wanted[key]]
     return PreviewGroup(
         group_id=group.group_id,
@@ -144,13 +145,39 @@ def refusal(error: CallError) -> Problem:
 
 async def apply(desk: Desk, name: str, spec: RewardSpec) -> int:
     """Put the spec under the run's name on every reward server, from their next request on. Returns its version there.
-    Raises Problem."""
+    Raises Problem; when only some have it, it says which."""
     if not desk.rewards:
         raise Problem(409, "No reward server is known here", "give its address with --reward")
     if not name:
+        try:
+            await desk.history()
+        except DeadlineExceeded as error:
+            raise Problem(503, "The run cannot be read", str(error), retry_after=2) from error
         raise Problem(409, "The run's spec is not known", "its orchestrator has not reported yet")
+    first, *others = desk.rewards
     try:
-        put = [await client.put_spec(name, spec, PREVIEW_SECONDS) for client in desk.rewards]
+        put = {first.url: await first.put_spec(name, spec, PREVIEW_SECONDS)}
     except CallError as error:
         raise refusal(error) from error
-    return max(entry.version for entry in put)
+    failed = list[CallError]()
+    for client in others:
+        try:
+            put[client.url] = await _put_where_it_differs(client, name, spec)
+        except CallError as error:
+            failed.append(error)
+    if failed:
+        detail = f"it is on {', '.join(put)}; not (for all that is known) on {'; '.join(map(str, failed))}"
+        raise Problem(refusal(failed[0]).status, "Only some reward servers have the new spec", detail) from failed[0]
+    return max(entry.version for entry in put.values())
+
+
+async def _put_where_it_differs(client: RewardClient, name: str, spec: RewardSpec) -> SpecEntry:
+    """Servers that keep their specs in the run's redis have it already: another put would be another version."""
+    try:
+        entry = await client.get_spec(name, deadline_seconds=PREVIEW_SECONDS)
+        if entry.spec_id == spec.spec_id:
+            return entry
+    except Refused as error:
+        if error.status != 404:
+            raise
+    return await client.put_spec(name, spec, PREVIEW_SECONDS)

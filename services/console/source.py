@@ -13,6 +13,8 @@ from services.queue import GroupQueue
 from services.redis import connect
 from services.startup import StartupError
 
+MOST_HISTORIES = 8
+"""Other runs whose steps stay in memory: those looked at last."""
 PATIENCE_SECONDS = 2.0
 """How long a page waits for a redis that is away."""
 
@@ -30,7 +32,8 @@ class Source:
 
 @dataclass
 class Desk:
-    """What the pages of one process share. `histories`: of runs in the same redis, by name."""
+    """What the pages of one process share. `histories`: of runs in the same redis, by name, the last used last.
+    `reading`: what brings one up to date; whoever asks meanwhile shares its result."""
 
     source: Source
     redis: Any
@@ -38,7 +41,7 @@ class Desk:
     samples: Samples
     rewards: list[RewardClient]
     histories: dict[str, History] = field(default_factory=dict)
-    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    reading: dict[str, asyncio.Task[History]] = field(default_factory=dict)
     streams: int = 0
     """Pages that are being kept up to date."""
 
@@ -49,12 +52,26 @@ class Desk:
     async def history(self, run_id: str | None = None) -> History:
         """The steps of a run (this one), up to date. Raises DeadlineExceeded."""
         name = run_id or self.run_id
-        async with self.reading:
-            found = self.histories.setdefault(name, History(self.redis, name))
-            await found.refresh()
+        task = self.reading.get(name)
+        if task is None:
+            task = self.reading[name] = asyncio.create_task(self._read(name))
+            task.add_done_callback(lambda _: self.reading.pop(name))
+        return await asyncio.shield(task)
+
+    async def _read(self, name: str) -> History:
+        found = self.histories.pop(name, None) or History(self.redis, name)
+        self.histories[name] = found
+        others = [other for other in self.histories if other != self.run_id]
+        for other in others[:-MOST_HISTORIES]:
+            del self.histories[other]
+        await found.refresh()
         return found
 
     async def close(self) -> None:
+        reading = list(self.reading.values())
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
         for client in self.rewards:
             await client.close()
         await self.redis.aclose()

@@ -61,7 +61,11 @@ def end(response: Response) -> None:
 def check_origin(request: Request) -> None:
     """A browser names the page a form was sent from. Raises Problem (403): it is not one of ours."""
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    try:
+        is_ours = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    except ValueError:  # such as http://[
+        is_ours = False
+    if not is_ours:
         raise Problem(403, "The form comes from another site", f"Origin: {origin:.200}")
 
 
