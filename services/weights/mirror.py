@@ -4,16 +4,19 @@ applied to, and where adapters are merged."""
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 
 from services.contract import Adapter, Version, WeightVersion
@@ -21,7 +24,7 @@ from services.weights import adapter as adapters
 from services.weights import delta, disk
 from services.weights.disk import DamagedWeights
 from services.weights.meeting import TRANSPORTS
-from services.weights.store import MANIFEST, at_hand, is_url, store_of
+from services.weights.store import MANIFEST, ObjectMissing, StoreError, at_hand, is_url, store_of
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +159,7 @@ def whole(
 
 def snapshot(weights: WeightVersion) -> WeightVersion:
     """The whole version that these weights are made from, or were published after; they themselves where they are
-    whole. Raises DamagedWeights."""
+    whole. Raises DamagedWeights, StoreError."""
     return _chain(weights, None)[0]
 
 
@@ -168,10 +171,15 @@ def version_at(location: str) -> WeightVersion:
 
 
 def check(weights: WeightVersion, mirror_dir: Path | None = None) -> None:
-    """Whether what was published of a version is sound; of a broadcast one, the files before it. Raises DamagedWeights,
-    OSError."""
+    """Whether what was published of a version is sound; of a broadcast one, the files before it. Files are read; of
+    what lies in a bucket, manifests and listed sizes are: to fetch it takes as long as to follow it. Raises
+    DamagedWeights, OSError."""
     if weights.transport in TRANSPORTS:
         weights = snapshot(weights)
+    if is_url(weights.location):
+        for link in _chain(weights, None):
+            _check_listed(link)
+        return
     if weights.adapter is not None:
         with at_hand(weights.location) as folder:
             disk.verify(folder, weights.manifest)
@@ -180,8 +188,26 @@ def check(weights: WeightVersion, mirror_dir: Path | None = None) -> None:
         pass
 
 
+def _check_listed(weights: WeightVersion) -> None:
+    """Whether a version's objects are there, and large enough for its tensors. Raises DamagedWeights, StoreError."""
+    store, name = store_of(weights.location)
+    least = Counter({MANIFEST: 1})
+    if weights.base is not None:
+        least.update({delta.INDEX: 1, delta.CHANGES: 0})
+    else:
+        for entry in weights.manifest:
+            least[entry.file] += math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+    sizes = store.sizes(name)
+    for file, size in least.items():
+        if file not in sizes:
+            raise DamagedWeights(f"{weights.location}/{file}: is missing")
+        if sizes[file] < size:
+            raise DamagedWeights(f"{weights.location}/{file}: has {sizes[file]} bytes, its tensors {size}")
+
+
 def _chain(weights: WeightVersion, have: Version | None) -> list[WeightVersion]:
-    """From what follows `have`, or from the newest snapshot, up to `weights`. Raises DamagedWeights."""
+    """From what follows `have`, or from the newest snapshot, up to `weights`. Raises DamagedWeights, and StoreError: a
+    bucket does not answer."""
     chain = [weights]
     while (base := chain[-1].base) is not None and base != have:
         store, _ = store_of(weights.location)
@@ -189,6 +215,8 @@ def _chain(weights: WeightVersion, have: Version | None) -> list[WeightVersion]:
         try:
             link = version_at(location)
         except (OSError, ValidationError) as error:
+            if isinstance(error, StoreError) and not isinstance(error, ObjectMissing):
+                raise
             raise DamagedWeights(f"{location}/{MANIFEST}: {str(error).splitlines()[0]}") from error
         if (link.run_id, link.id) != (weights.run_id, base) or (link.base is not None and link.base >= base):
             raise DamagedWeights(f"{location}/{MANIFEST}: is of another version")
