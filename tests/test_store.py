@@ -110,7 +110,7 @@ async def test_whole_versions_and_deltas_are_followed_and_old_ones_deleted(
     assert not metric(follower, "rlif_weight_versions_refused_total")
     found = {path.name for path in (objects.files / "runs" / run_id / "0-3").iterdir()}
     assert found == {"model.safetensors", "manifest.json"}
-    assert list((tmp_path / "mirrors" / f"rlif-{run_id}-drafts").iterdir()) == []
+    assert list(publisher.directory.iterdir()) == []
     late = Mirror(tmp_path / "late", "late")
     weights = pointer.WeightVersion.model_validate_json(store_at(place).read("0-5", "manifest.json"))
     assert weights.transport == "delta" and weights.location == f"{place}/0-5"
@@ -212,6 +212,18 @@ def test_a_waiting_trainer_looks_once_and_outlasts_a_store_that_is_away(
         assert len(looks) == 1
     finally:
         waiting.close()
+
+
+def test_drafts_lie_where_nobody_else_can_have_been(redis, run_id, place, tmp_path):
+    taken, left = tmp_path / f"rlif-{run_id}-drafts", tmp_path / f"rlif-{run_id}-drafts-x_345678"
+    taken.mkdir(), left.mkdir()
+    (left / "0-1.tmp").mkdir()
+    publishers = [Publisher(redis, run_id, place, mirror_dir=tmp_path) for _ in range(2)]
+    drafts = {publisher.directory for publisher in publishers}
+    assert set(tmp_path.iterdir()) == {taken, *drafts} and len(drafts) == 2
+    assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in drafts)
+    del publishers
+    assert list(tmp_path.iterdir()) == [taken]
 
 
 def test_an_upload_that_breaks_off_is_no_version_and_is_removed_by_the_next_trainer(

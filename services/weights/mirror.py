@@ -29,23 +29,29 @@ from services.weights.store import MANIFEST, ObjectMissing, StoreError, at_hand,
 log = logging.getLogger(__name__)
 
 
+def own_folder(owner: object, parent: Path | None, label: str) -> tuple[Path, Callable[[], object]]:
+    """A new folder in `parent` (none: the system's for temporary files) that no other user can have made, and what
+    removes it. It goes with its owner or the process; what a killed one of the same `label` left there is removed.
+    Raises OSError."""
+    place = Path(parent or tempfile.gettempdir())
+    place.mkdir(parents=True, exist_ok=True)
+    prefix = f"rlif-{label}-"
+    for leftover in place.iterdir():
+        if re.fullmatch(re.escape(prefix) + r"\w{8}", leftover.name):
+            _remove_unless_used(leftover)
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=place)).resolve()
+    lock = os.open(path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return path, weakref.finalize(owner, _remove, path, lock)
+
+
 class Mirror:
-    """`path` holds the weights of `version` (none: nothing that can be relied on). It lies in `parent` (none: the
-    system's folder for temporary files), needs the model's size there, and goes with `close` or the process; what a
-    killed process of the same `label` left there is removed. `base` gives the folder of the model that adapters are
-    added to. Not thread-safe. Raises OSError."""
+    """`path` holds the weights of `version` (none: nothing that can be relied on). It is an `own_folder`, needs the
+    model's size in `parent`, and goes with `close` or the process. `base` gives the folder of the model that adapters
+    are added to. Not thread-safe. Raises OSError."""
 
     def __init__(self, parent: Path | None, label: str, base: Callable[[], Path] | None = None):
-        place = Path(parent or tempfile.gettempdir())
-        place.mkdir(parents=True, exist_ok=True)
-        prefix = f"rlif-{label}-"
-        for leftover in place.iterdir():
-            if re.fullmatch(re.escape(prefix) + r"\w{8}", leftover.name):
-                _remove_unless_used(leftover)
-        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=place)).resolve()
-        self._lock = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._remove = weakref.finalize(self, _remove, self.path, self._lock)
+        self.path, self._remove = own_folder(self, parent, label)
         self.version: Version | None = None
         self._base = base
         self._base_folder: Path | None = None
