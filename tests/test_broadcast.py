@@ -328,20 +328,34 @@ async def test_a_server_that_always_fails_keeps_nobody_else_from_weights(redis_u
             failed = broadcasts("failed")
             await publish(trainer, 1)
             await sound.follower.at_least(v(1), 60)
-            await until(lambda: broadcasts("failed") - failed == 2)  # together, then alone
+            await bad.follower.at_least(v(1), 30)
+            assert broadcasts("failed") - failed == 2  # together, then alone
+            assert same(bad.engine.tensors, weights_of(1)) and bad.engine.events[-1] == "file 0.1"
             await publish(trainer, 2)
-            await sound.follower.at_least(v(2), 5)
-            await until(lambda: "left out until the next whole version" in bad.follower.refusal)
-            assert same(sound.engine.tensors, weights_of(2)) and broadcasts("failed") - failed == 2
+            await sound.follower.at_least(v(2), 30)
+            await bad.follower.at_least(v(2), 30)
+            assert same(sound.engine.tensors, weights_of(2)) and broadcasts("failed") - failed == 3
             monkeypatch.undo()
-            trainer._every = 1
             await publish(trainer, 3)
-            await bad.follower.at_least(v(3), 60)
-            trainer._every = 50
-            await publish(trainer, 4)
             for each in (sound, bad):
-                await each.follower.at_least(v(4), 60)
-                assert same(each.engine.tensors, weights_of(4))
+                await each.follower.at_least(v(3), 60)
+                assert same(each.engine.tensors, weights_of(3))
+            assert bad.engine.events[-1] != "file 0.3" and broadcasts("failed") - failed == 3
+
+
+async def test_the_only_server_gets_files_when_it_cannot_be_sent_weights(redis_url, run, tmp_path, monkeypatch):
+    with trainer_of(redis_url, run, tmp_path, seconds=1.0) as trainer:
+        async with server(redis_url, run, "only") as only:
+            monkeypatch.setattr(only.engine, "take", lambda ticket: 1 / 0)
+            await publish(trainer, 0)
+            await publish(trainer, 1)
+            await only.follower.at_least(v(1), 30)
+            assert same(only.engine.tensors, weights_of(1)) and only.engine.events[-1] == "file 0.1"
+            assert (newest := pointer.newest_version_sync(trainer.redis, run)) == v(1)
+            assert (tmp_path / str(newest).replace(".", "-")).is_dir()
+            written = (tmp_path / "0-1").stat().st_mtime_ns
+            await asyncio.to_thread(trainer.close)
+            assert (tmp_path / "0-1").stat().st_mtime_ns == written  # they are files already
 
 
 async def test_a_server_that_takes_no_broadcasts_says_so_and_serves_files(redis_url, run, trainer):

@@ -13,19 +13,25 @@ from object_store import BUCKET, KEY, SECRET, ObjectStore
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_delta import steps
+from test_trainer import Run
 from test_weights import Server, flip, metric, remove, same, some_tensors, truncate, until
 
 from services.contract import Version
 from services.recipe import RecipeError
 from services.recipe_sections import Weights
-from services.redis import connect_sync
+from services.redis import DeadlineExceeded, connect_sync
 from services.startup import StartupError
 from services.weights import delta, pointer, store
+from services.weights.disk import DamagedWeights
 from services.weights.follow import Follower
 from services.weights.mirror import Mirror, check, whole
 from services.weights.publish import Publisher
 from services.weights.store import StoreError, store_at
+from trainer import feed
+from trainer.checkpoint import Progress
 from trainer.export import export
+from trainer.feed import Feed
+from trainer.waits import Waits
 
 V = Version
 
@@ -104,7 +110,7 @@ async def test_whole_versions_and_deltas_are_followed_and_old_ones_deleted(
     assert not metric(follower, "rlif_weight_versions_refused_total")
     found = {path.name for path in (objects.files / "runs" / run_id / "0-3").iterdir()}
     assert found == {"model.safetensors", "manifest.json"}
-    assert list((tmp_path / "mirrors" / f"rlif-{run_id}-drafts").iterdir()) == []
+    assert list(publisher.directory.iterdir()) == []
     late = Mirror(tmp_path / "late", "late")
     weights = pointer.WeightVersion.model_validate_json(store_at(place).read("0-5", "manifest.json"))
     assert weights.transport == "delta" and weights.location == f"{place}/0-5"
@@ -153,6 +159,71 @@ async def test_a_damaged_or_missing_object_is_a_refusal_until_a_sound_version_co
         await publish(publisher, number, made[number])
     await follower.at_least(V(version=3), 20)
     assert same(server.tensors, made[3]) and follower.refusal == ""
+
+
+@pytest.mark.parametrize("file", ["0-0/model.safetensors", "0-0/manifest.json", "0-1/changes.zst", "0-1/changes.json"])
+def test_a_look_at_a_bucket_fetches_nothing_and_sees_what_is_gone(publisher, place, file, monkeypatch):
+    import obstore
+
+    made = steps(2)
+    publisher.publish(V(), made[0].items())
+    weights = publisher.publish(V(version=1), made[1].items())
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Bucket, "fetch", lambda *_: 1 / 0)
+        check(weights)
+        if file.endswith("safetensors"):
+            obstore.put(store_at(place)._store, file, b"a short one")
+        else:
+            obstore.delete(store_at(place)._store, file)
+        with pytest.raises(DamagedWeights, match=f"{file}: "):
+            check(weights)
+
+
+def test_a_waiting_trainer_looks_once_and_outlasts_a_store_that_is_away(
+    publisher, running, redis_url, run_id, tiny_model, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(store.store_at, "__defaults__", (0.3,))
+    monkeypatch.setattr(feed, "FIRST_LOOK_SECONDS", 0.05)
+    looks = []
+
+    def look(weights, mirror_dir):
+        looks.append(weights.id)
+        check(weights, mirror_dir)
+
+    monkeypatch.setattr(feed, "check", look)
+    waiting = Feed(redis_url, Run(tmp_path, tiny_model, redis_url, run_id, batch_deadline_seconds=2.5).recipe, Waits())
+    try:
+        waiting.claim(0, [], [])
+        made = steps(2)
+        publisher.publish(V(), made[0].items())
+        waiting.published = publisher.publish(V(version=1), made[1].items())
+        running.kill()
+        with pytest.raises(DeadlineExceeded, match="scored groups"):
+            waiting.pull(Progress())
+        assert len(looks) > 1 and caplog.text.count("cannot be looked at, later again: s3://") == 1
+        running.start()
+        looks.clear()
+        with pytest.raises(DeadlineExceeded, match="scored groups"):
+            waiting.pull(Progress())
+        assert len(looks) == 1
+        with waiting._checking:  # as a look does that an earlier wait left behind
+            waiting._sound = None
+            waiting._check(waiting.published)
+        assert len(looks) == 1
+    finally:
+        waiting.close()
+
+
+def test_drafts_lie_where_nobody_else_can_have_been(redis, run_id, place, tmp_path):
+    taken, left = tmp_path / f"rlif-{run_id}-drafts", tmp_path / f"rlif-{run_id}-drafts-x_345678"
+    taken.mkdir(), left.mkdir()
+    (left / "0-1.tmp").mkdir()
+    publishers = [Publisher(redis, run_id, place, mirror_dir=tmp_path) for _ in range(2)]
+    drafts = {publisher.directory for publisher in publishers}
+    assert set(tmp_path.iterdir()) == {taken, *drafts} and len(drafts) == 2
+    assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in drafts)
+    del publishers
+    assert list(tmp_path.iterdir()) == [taken]
 
 
 def test_an_upload_that_breaks_off_is_no_version_and_is_removed_by_the_next_trainer(

@@ -18,6 +18,7 @@ from services.recipe import Recipe
 from services.redis import DeadlineExceeded, cancel, connect, insist, wait_for_redis
 from services.weights import disk
 from services.weights.mirror import check
+from services.weights.store import is_url
 from trainer.checkpoint import Progress
 from trainer.waits import GROUPS_PATIENCE_SECONDS, REDIS_PATIENCE_SECONDS, Waits
 
@@ -52,6 +53,10 @@ class Feed:
         self.stopping = self.finished = False
         self.published: WeightVersion | None = None
         """The newest weights that this trainer published."""
+        self._checking = threading.Lock()
+        self._sound: WeightVersion | None = None
+        self._unseen = False
+        """Whether the last look got no answer."""
         self._waiting: asyncio.Task[Any] | None = None
 
     def _ask(self, call: Coroutine[Any, Any, Result]) -> Result:
@@ -206,10 +211,25 @@ class Feed:
             pause *= 2
             weights = self.published
             if weights is not None:
-                try:
-                    await asyncio.to_thread(check, weights, self.recipe.weights.mirror_dir)
-                except disk.DamagedWeights as error:
-                    raise disk.DamagedWeights(f"the published weights {weights.id} are damaged: {error}") from error
+                await asyncio.to_thread(self._check, weights)
+
+    def _check(self, weights: WeightVersion) -> None:
+        """Nothing where a look of an earlier wait still goes on: its thread outlives that. What lies in a bucket is
+        found sound once, files may be torn later. Raises DamagedWeights."""
+        if not self._checking.acquire(blocking=False):
+            return
+        try:
+            if weights is not self._sound or not is_url(weights.location):
+                check(weights, self.recipe.weights.mirror_dir)
+            self._sound, self._unseen = weights, False
+        except disk.DamagedWeights as error:
+            raise disk.DamagedWeights(f"the published weights {weights.id} are damaged: {error}") from error
+        except OSError as error:
+            if not self._unseen:
+                log.warning("the published weights %s cannot be looked at, later again: %s", weights.id, error)
+            self._unseen = True
+        finally:
+            self._checking.release()
 
     def begin(self, entries: Sequence[Entry]) -> None:
         self._ask(self.queue.begin(entries))

@@ -1,7 +1,8 @@
 """The trainer's side of weights that are broadcast: most versions are memory that servers come for, some are files.
 
 One version in `snapshot_every` is a folder as with the other transports, and so are the first one of every trainer
-process and the last one that it leaves behind: what starts while no trainer lives takes the newest of those.
+process and the last one that it leaves behind: what starts while no trainer lives takes the newest of those. A version
+that a server could not be sent becomes files, too.
 """
 
 import importlib
@@ -63,13 +64,14 @@ class Broadcaster(Publisher):
     ):
         super().__init__(sender.redis, sender.run_id, place, keep, patience_seconds)
         self.sender, self.transport, self.bucket_bytes = sender, transport, bucket_bytes
+        self.sender.as_files = self._for_those_left_out
         self._every = snapshot_every
         self._newest: WeightVersion | None = None
         self._whole: WeightVersion | None = None
         self._since_whole = 0
         self._staging: Staging | None = None
         self._config_dir: Path | None = None
-        self._leaving = False
+        self._again = False
 
     def publish(
         self,
@@ -108,9 +110,9 @@ class Broadcaster(Publisher):
             raise Superseded(f"run {self.run_id}: weights {version} are outdated, a newer version was published")
         # Only now: who is called looks up in redis what to.
         load = Load(version, self._staging.buffers, self.bucket_bytes)
+        self._newest, self._since_whole = weights, self._since_whole + 1
         self.sender.send(load)
         ended = time.monotonic()
-        self._newest, self._since_whole = weights, self._since_whole + 1
         BYTES.labels(self.transport).inc(sum(map(len, load.buffers)))
         PUBLISHED.labels(self.run_id).set(version.version)
         SECONDS.labels("trainer", "stage").observe(staged - started)
@@ -120,15 +122,35 @@ class Broadcaster(Publisher):
 
     def close(self) -> None:
         """Leave the newest version behind as files. Raises what `publish` does."""
-        newest, self._leaving = self._newest, True
         try:
-            if newest is not None and newest.base is not None and self._staging is not None:
-                self._publish_whole(newest.id, self._staging.tensors().items())
+            self._withdraw()
+            self._publish_again()
         finally:
             self.sender.close()
 
+    def _for_those_left_out(self) -> None:
+        """In the sender's thread, while the trainer's own waits in `_withdraw` if it has another version."""
+        try:
+            self._publish_again()
+        except Superseded as error:
+            log.warning("%s", error)
+
+    def _publish_again(self) -> None:
+        """The newest version as files, unless it is."""
+        newest = self._newest
+        if newest is None or newest.base is None or self._staging is None:
+            return
+        self._again = True
+        try:
+            self._publish_files(newest.id, self._staging.tensors().items())
+        finally:
+            self._again = False
+
     def _publish_whole(self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightVersion:
         self._withdraw()
+        return self._publish_files(version, tensors)
+
+    def _publish_files(self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightVersion:
         self._newest = self._whole = super().publish(version, tensors, self._config_dir)
         self._since_whole = 0
         return self._whole
@@ -137,7 +159,7 @@ class Broadcaster(Publisher):
         self._insist(lambda: self.sender.withdraw(another_comes), "withdraw weights")
 
     def _check_newer(self, version: Version) -> None:
-        if not self._leaving:  # then it is the newest, now as files
+        if not self._again:  # then it is the newest, now as files
             super()._check_newer(version)
 
 

@@ -214,7 +214,7 @@ class Follower:
 
         try:
             whole = await asyncio.to_thread(snapshot, weights)
-        except DamagedWeights as error:
+        except (DamagedWeights, OSError) as error:
             log.error("%s: the whole version before %s: %s", self.replica, weights.id, error)
             return
         if self.version is None or whole.id > self.version:

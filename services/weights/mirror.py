@@ -4,16 +4,19 @@ applied to, and where adapters are merged."""
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 
 from services.contract import Adapter, Version, WeightVersion
@@ -21,28 +24,34 @@ from services.weights import adapter as adapters
 from services.weights import delta, disk
 from services.weights.disk import DamagedWeights
 from services.weights.meeting import TRANSPORTS
-from services.weights.store import MANIFEST, at_hand, is_url, store_of
+from services.weights.store import MANIFEST, ObjectMissing, StoreError, at_hand, is_url, store_of
 
 log = logging.getLogger(__name__)
 
 
+def own_folder(owner: object, parent: Path | None, label: str) -> tuple[Path, Callable[[], object]]:
+    """A new folder in `parent` (none: the system's for temporary files) that no other user can have made, and what
+    removes it. It goes with its owner or the process; what a killed one of the same `label` left there is removed.
+    Raises OSError."""
+    place = Path(parent or tempfile.gettempdir())
+    place.mkdir(parents=True, exist_ok=True)
+    prefix = f"rlif-{label}-"
+    for leftover in place.iterdir():
+        if re.fullmatch(re.escape(prefix) + r"\w{8}", leftover.name):
+            _remove_unless_used(leftover)
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=place)).resolve()
+    lock = os.open(path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return path, weakref.finalize(owner, _remove, path, lock)
+
+
 class Mirror:
-    """`path` holds the weights of `version` (none: nothing that can be relied on). It lies in `parent` (none: the
-    system's folder for temporary files), needs the model's size there, and goes with `close` or the process; what a
-    killed process of the same `label` left there is removed. `base` gives the folder of the model that adapters are
-    added to. Not thread-safe. Raises OSError."""
+    """`path` holds the weights of `version` (none: nothing that can be relied on). It is an `own_folder`, needs the
+    model's size in `parent`, and goes with `close` or the process. `base` gives the folder of the model that adapters
+    are added to. Not thread-safe. Raises OSError."""
 
     def __init__(self, parent: Path | None, label: str, base: Callable[[], Path] | None = None):
-        place = Path(parent or tempfile.gettempdir())
-        place.mkdir(parents=True, exist_ok=True)
-        prefix = f"rlif-{label}-"
-        for leftover in place.iterdir():
-            if re.fullmatch(re.escape(prefix) + r"\w{8}", leftover.name):
-                _remove_unless_used(leftover)
-        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=place)).resolve()
-        self._lock = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._remove = weakref.finalize(self, _remove, self.path, self._lock)
+        self.path, self._remove = own_folder(self, parent, label)
         self.version: Version | None = None
         self._base = base
         self._base_folder: Path | None = None
@@ -156,7 +165,7 @@ def whole(
 
 def snapshot(weights: WeightVersion) -> WeightVersion:
     """The whole version that these weights are made from, or were published after; they themselves where they are
-    whole. Raises DamagedWeights."""
+    whole. Raises DamagedWeights, StoreError."""
     return _chain(weights, None)[0]
 
 
@@ -168,10 +177,15 @@ def version_at(location: str) -> WeightVersion:
 
 
 def check(weights: WeightVersion, mirror_dir: Path | None = None) -> None:
-    """Whether what was published of a version is sound; of a broadcast one, the files before it. Raises DamagedWeights,
-    OSError."""
+    """Whether what was published of a version is sound; of a broadcast one, the files before it. Files are read; of
+    what lies in a bucket, manifests and listed sizes are: to fetch it takes as long as to follow it. Raises
+    DamagedWeights, OSError."""
     if weights.transport in TRANSPORTS:
         weights = snapshot(weights)
+    if is_url(weights.location):
+        for link in _chain(weights, None):
+            _check_listed(link)
+        return
     if weights.adapter is not None:
         with at_hand(weights.location) as folder:
             disk.verify(folder, weights.manifest)
@@ -180,8 +194,26 @@ def check(weights: WeightVersion, mirror_dir: Path | None = None) -> None:
         pass
 
 
+def _check_listed(weights: WeightVersion) -> None:
+    """Whether a version's objects are there, and large enough for its tensors. Raises DamagedWeights, StoreError."""
+    store, name = store_of(weights.location)
+    least = Counter({MANIFEST: 1})
+    if weights.base is not None:
+        least.update({delta.INDEX: 1, delta.CHANGES: 0})
+    else:
+        for entry in weights.manifest:
+            least[entry.file] += math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+    sizes = store.sizes(name)
+    for file, size in least.items():
+        if file not in sizes:
+            raise DamagedWeights(f"{weights.location}/{file}: is missing")
+        if sizes[file] < size:
+            raise DamagedWeights(f"{weights.location}/{file}: has {sizes[file]} bytes, its tensors {size}")
+
+
 def _chain(weights: WeightVersion, have: Version | None) -> list[WeightVersion]:
-    """From what follows `have`, or from the newest snapshot, up to `weights`. Raises DamagedWeights."""
+    """From what follows `have`, or from the newest snapshot, up to `weights`. Raises DamagedWeights, and StoreError: a
+    bucket does not answer."""
     chain = [weights]
     while (base := chain[-1].base) is not None and base != have:
         store, _ = store_of(weights.location)
@@ -189,6 +221,8 @@ def _chain(weights: WeightVersion, have: Version | None) -> list[WeightVersion]:
         try:
             link = version_at(location)
         except (OSError, ValidationError) as error:
+            if isinstance(error, StoreError) and not isinstance(error, ObjectMissing):
+                raise
             raise DamagedWeights(f"{location}/{MANIFEST}: {str(error).splitlines()[0]}") from error
         if (link.run_id, link.id) != (weights.run_id, base) or (link.base is not None and link.base >= base):
             raise DamagedWeights(f"{location}/{MANIFEST}: is of another version")

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from services.recipe import Recipe
 from services.redis import insist_sync
 from services.weights import adapter as adapters
 from services.weights import delta, disk, pointer
-from services.weights.mirror import Mirror
+from services.weights.mirror import Mirror, own_folder
 from services.weights.seconds import SECONDS
 from services.weights.store import MANIFEST, Folder, store_at
 
@@ -61,9 +60,11 @@ class Publisher:
         self._base: WeightVersion | None = None
         self._since_snapshot = 0
         self.store = store_at(place, patience_seconds)
-        drafts = Path(mirror_dir or tempfile.gettempdir()) / f"rlif-{run_id}-drafts"
-        self.directory = self.store.directory if isinstance(self.store, Folder) else drafts
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.store, Folder):
+            self.directory = self.store.directory
+            self.directory.mkdir(parents=True, exist_ok=True)
+        else:
+            self.directory, _ = own_folder(self, mirror_dir, f"{run_id}-drafts")
         self._remove_drafts()
         self._clean()
 

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.05
 REDIS_PAUSE_SECONDS = 1.0
+FILES_SECONDS = 600.0
+"""How long it may take to write files for those left out."""
 
 BROADCASTS = Counter(
     "rlif_weight_broadcasts_total", "Broadcasts of weights by how they ended: sent, failed", ["outcome"]
@@ -82,7 +84,8 @@ class Crew:
 
 class Sender:
     """Sends along lines of `kind` from `device`, each broadcast within `seconds`. The first server that is ready waits
-    up to `gather_seconds` for the others; those that come later get a broadcast of their own."""
+    up to `gather_seconds` for the others; those that come later get a broadcast of their own. For those left out
+    `as_files` publishes what is offered as files, from the sender's thread, and nothing is offered any more."""
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class Sender:
         seconds: float,
         gather_seconds: float = meeting.GATHER_SECONDS,
     ):
+        self.as_files: Callable[[], None] | None = None
         self.redis, self.run_id, self.kind, self.device = redis, run_id, kind, device
         self.seconds, self.gather_seconds = seconds, gather_seconds
         # One for all broadcasts: memory that was allocated on a stream is kept for that stream.
@@ -123,9 +127,9 @@ class Sender:
             self._changed.notify_all()
 
     def withdraw(self, another_comes: bool = False) -> None:
-        """Send nothing any more; a broadcast under way is waited for. Where another load comes, servers that sit wait
-        for that. Raises DeadlineExceeded, redis' errors."""
-        ends = time.monotonic() + 2 * self.seconds + 60
+        """Send nothing any more; a broadcast under way, and files, are waited for. Where another load comes, servers
+        that sit wait for that. Raises DeadlineExceeded, redis' errors."""
+        ends = time.monotonic() + 2 * self.seconds + FILES_SECONDS
         with self._changed:
             self._load = None
             self._changed.notify_all()
@@ -181,6 +185,11 @@ class Sender:
         seats = [seat for seat in seats if seat.id not in self._called and seat.session not in self._left_out]
         if not seats:
             self._first_sat = now
+            if self._left_out and self.as_files is not None:
+                self.as_files()
+                self._load = None
+                self._left_out.clear()
+                meeting.withdraw(self.redis, self.run_id)
             return
         beats = pointer.heartbeats_sync(self.redis, self.run_id, meeting.SEAT_SECONDS)
         behind = {beat.replica for beat in beats if beat.version is None or beat.version < load.version}

@@ -36,6 +36,10 @@ class StoreError(OSError):
     """An object store that does not do what it was asked for; the message names it and says why."""
 
 
+class ObjectMissing(StoreError, FileNotFoundError):
+    """The store answered: there is no such object."""
+
+
 class Store(Protocol):
     """`name` is of a version's files, `<lineage>-<version>`. Everything raises OSError."""
 
@@ -52,6 +56,9 @@ class Store(Protocol):
         """Whatever there is of a version."""
 
     def read(self, name: str, file: str) -> bytes: ...
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of each of a version's files; empty where there are none."""
 
     def fetch(self, name: str, into: Path) -> None:
         """Copy a version's files, without its manifest."""
@@ -117,6 +124,10 @@ class Folder:
 
     def read(self, name: str, file: str) -> bytes:
         return (self.directory / name / file).read_bytes()
+
+    def sizes(self, name: str) -> dict[str, int]:
+        folder = self.directory / name
+        return {file.name: file.stat().st_size for file in folder.iterdir()} if folder.is_dir() else {}
 
     def fetch(self, name: str, into: Path) -> None:
         for file in (self.directory / name).iterdir():
@@ -185,6 +196,9 @@ class Bucket:
         with self._errors(f"{name}/{file}"):
             return bytes(obstore.get(self._store, f"{name}/{file}").bytes())
 
+    def sizes(self, name: str) -> dict[str, int]:
+        return {key.removeprefix(f"{name}/"): size for key, size in self._listed(name)}
+
     def fetch(self, name: str, into: Path) -> None:
         """In parts, several at a time."""
         files = [(key, size) for key, size in self._listed(name) if key != f"{name}/{MANIFEST}"]
@@ -224,7 +238,8 @@ class Bucket:
             yield
         except (BaseError, FileNotFoundError) as error:
             reason = str(error).partition("\n\nDebug source")[0]
-            raise StoreError(f"{self.location(key)}: {' '.join(reason.split())}") from error
+            kind = ObjectMissing if isinstance(error, FileNotFoundError) else StoreError
+            raise kind(f"{self.location(key)}: {' '.join(reason.split())}") from error
 
 
 def _in_order(found: dict[str, set[str]]) -> list[tuple[Version, set[str]]]:
