@@ -856,7 +856,7 @@ async def test_a_second_roll_back_to_the_same_place_stops_the_run_and_restarts_r
         orders = await commands.after(trainer.queue.redis, trainer.run, 0)
         assert [order.kind for order in orders] == ["roll_back", "stop"]
         await obey(trainer, stop)
-        status = json.dumps({"state": "stopped", "at": time.time()})
+        status = json.dumps({"state": "stopped", "lineage": trainer.lineage, "at": time.time()})
         await trainer.queue.redis.hset(Keys(chosen.run.name).status, "trainer", status)
         assert await over(task) == 0
     # The first orchestrator was ended while it told: rather twice than never.
@@ -1025,15 +1025,46 @@ async def test_an_order_to_stop_ends_the_orchestrator_of_any_recipe(make_recipe,
     chosen = make_recipe(run__name="stopped")
     assert not chosen.has_orders
     trainer = Trainer(clean.url, chosen.run.name, rollouts)
-    redis = connect(clean.url)
     async with running(chosen, clean, rollouts.url, reward_server) as task:
         await trainer.start()
         await trainer.train(1)
-        await commands.send(redis, chosen.run.name, commands.Stop(id="stop", reason="enough"))
-        status = {"state": "stopped", "step": 1, "at": time.time()}
-        trainer.redis.hset(Keys(chosen.run.name).status, "trainer", json.dumps(status))
+        await stop_by_order(trainer, "stop")
         assert await over(task) == 0
-    await redis.aclose()
+
+
+async def test_a_trainer_that_resumes_after_an_order_to_stop_may_be_ended_by_a_signal(
+    make_recipe, clean, rollouts, reward_server
+):
+    chosen = make_recipe(run__name="resumed")
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server, stay=True) as task:
+        await trainer.start()
+        await trainer.train(1)
+        await stop_by_order(trainer, "stop")
+        await until(lambda: status_of(trainer)["state"] == "finished", "the order ended the run")
+        await trainer.start()
+        say(trainer, "waiting")
+        await until(lambda: status_of(trainer)["state"] == "running", "the run goes on")
+        await trainer.train(1)
+        say(trainer, "stopped")  # by a signal
+        await asyncio.sleep(0.5)
+        assert not task.done() and status_of(trainer)["state"] == "running"
+        await trainer.start()
+        await trainer.train(STEPS - 2)
+        await until(lambda: status_of(trainer)["state"] == "finished", "the last step is trained")
+    complete(trainer)
+
+
+async def stop_by_order(trainer: Trainer, name: str) -> None:
+    order = commands.Stop(id=name, reason="enough")
+    await commands.send(trainer.queue.redis, trainer.run, order)
+    await obey(trainer, order)
+    say(trainer, "stopped")
+
+
+def say(trainer: Trainer, state: str) -> None:
+    status = {"state": state, "step": trainer.version, "lineage": trainer.lineage, "at": time.time()}
+    trainer.redis.hset(Keys(trainer.run).status, "trainer", json.dumps(status))
 
 
 async def test_scored_groups_are_kept_after_they_were_trained(make_recipe, clean, rollouts, reward_server):

@@ -139,7 +139,8 @@ async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
 
 class Loop:
     """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet, `again` counts
-    dead groups that were admitted besides, `floor` is the lowest lineage whose groups counted when it began."""
+    dead groups that were admitted besides, `floor` is the lowest lineage whose groups counted when it began. `stopped`
+    is the lineage of the trainer that an order stopped: one that resumes the run has another."""
 
     def __init__(
         self,
@@ -154,6 +155,7 @@ class Loop:
         self.evaluator, self.guard = evaluator, guard
         self.evaluating: asyncio.Task[EvaluationResult] | None = None
         self.ended = False
+        self.stopped: int | None = None
         self.cursor = self.floor = self.again = 0
         self.seen: set[str] | None = None
         self.running: dict[asyncio.Task[None], Chunk] = {}
@@ -273,7 +275,7 @@ class Loop:
     def _is_over(self) -> bool:
         watch = self.desk.watch
         said = watch.trainer.get("state") == "done" and watch.trainer.get("at", 0) > watch.extra["started_at"]
-        if self.ended:
+        if self.ended or (watch.trainer.get("state") == "stopped" and watch.trainer.get("lineage") == self.stopped):
             return True
         if self.desk.recipe.has_orders:
             return said
@@ -333,8 +335,11 @@ class Loop:
         run_id, redis = desk.recipe.run.name, desk.watch.redis
         if desk.watch.trainer.get("state") == "stopped":
             given = await insist(lambda: commands.after(redis, run_id, 0), f"run {run_id}: orders", REDIS_SECONDS)
+            obeyed = await insist(lambda: commands.all_obeyed(redis, run_id), f"run {run_id}: orders", REDIS_SECONDS)
             is_ours = desk.watch.trainer.get("at", 0) > desk.watch.extra["started_at"]
-            self.ended = is_ours and any(isinstance(order, Stop) for order in given)
+            stops = {obeyed[order.id].lineage for order in given if isinstance(order, Stop) and order.id in obeyed}
+            if is_ours and desk.watch.trainer.get("lineage") in stops:
+                self.stopped = desk.watch.trainer["lineage"]
         if not desk.recipe.has_orders:
             return
         is_watched = self.guard is None or not self.guard.holds(version)
