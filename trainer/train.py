@@ -43,8 +43,8 @@ from trainer.waits import Waits
 log = logging.getLogger(__name__)
 
 STOP, BATCH, ORDERS, WAIT = b"", b"b", b"o", b"w"
-"""What rank 0 sends to the others starts with one of these; STOP and WAIT are all of it. WAIT comes again and again while
-the run is paused: no collective may last longer than the process group's timeout."""
+"""What rank 0 sends to the others starts with one of these; STOP and WAIT are all of it. WAIT comes again and
+again while the run is paused: no collective may last longer than the process group's timeout."""
 
 
 def main(recipe: Recipe, redis_url: str, resume: bool = False, resume_from: Path | None = None) -> int:
