@@ -27,6 +27,7 @@ from services.clients import RewardClient
 from services.contract import Completion, ScoredGroup, Version, WeightVersion, group_seed
 from services.http import create_app
 from services.keys import Keys
+from services.orchestrator import run as run_module
 from services.orchestrator.evaluation import Evaluator
 from services.orchestrator.progress import RunFailed
 from services.orchestrator.run import orchestrate
@@ -856,7 +857,7 @@ async def test_a_second_roll_back_to_the_same_place_stops_the_run_and_restarts_r
         orders = await commands.after(trainer.queue.redis, trainer.run, 0)
         assert [order.kind for order in orders] == ["roll_back", "stop"]
         await obey(trainer, stop)
-        status = json.dumps({"state": "stopped", "at": time.time()})
+        status = json.dumps({"state": "stopped", "lineage": trainer.lineage, "at": time.time()})
         await trainer.queue.redis.hset(Keys(chosen.run.name).status, "trainer", status)
         assert await over(task) == 0
     # The first orchestrator was ended while it told: rather twice than never.
@@ -982,7 +983,11 @@ async def test_a_task_that_is_refused_costs_an_evaluation_only_itself(
     assert {key: json.loads(body)["failed"] for key, body in found.items()} == {b"0.0": 1, b"0.5": 1}
 
 
-async def test_pause_admits_nothing_and_resume_goes_on(make_recipe, clean, rollouts, reward_server):
+async def test_pause_admits_nothing_and_resume_goes_on(
+    make_recipe, clean, rollouts, reward_server, caplog, monkeypatch
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(run_module, "REMIND_SECONDS", 0.5)
     chosen = make_recipe(trainer__batch_deadline_seconds=2.0)
     trainer = Trainer(clean.url, chosen.run.name, rollouts)
     redis, run = connect(clean.url), chosen.run.name
@@ -997,6 +1002,7 @@ async def test_pause_admits_nothing_and_resume_goes_on(make_recipe, clean, rollo
             await trainer.train()
         await asyncio.sleep(2.5)  # longer than the trainer may otherwise be without a step
         assert len(rollouts.made) == made and not task.done()
+        assert 3 <= caplog.text.count("the run is paused: no new groups") <= 10
         await pause.put(redis, run, False)
         while len(trainer.steps) < STEPS:
             await trainer.train()
@@ -1025,15 +1031,69 @@ async def test_an_order_to_stop_ends_the_orchestrator_of_any_recipe(make_recipe,
     chosen = make_recipe(run__name="stopped")
     assert not chosen.has_orders
     trainer = Trainer(clean.url, chosen.run.name, rollouts)
-    redis = connect(clean.url)
     async with running(chosen, clean, rollouts.url, reward_server) as task:
         await trainer.start()
         await trainer.train(1)
-        await commands.send(redis, chosen.run.name, commands.Stop(id="stop", reason="enough"))
-        status = {"state": "stopped", "step": 1, "at": time.time()}
-        trainer.redis.hset(Keys(chosen.run.name).status, "trainer", json.dumps(status))
+        await stop_by_order(trainer, "stop")
         assert await over(task) == 0
-    await redis.aclose()
+
+
+async def test_a_trainer_that_resumes_after_an_order_to_stop_may_be_ended_by_a_signal(
+    make_recipe, clean, rollouts, reward_server
+):
+    chosen = make_recipe(run__name="resumed")
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server, stay=True) as task:
+        await trainer.start()
+        await trainer.train(1)
+        await stop_by_order(trainer, "stop")
+        await until(lambda: status_of(trainer)["state"] == "finished", "the order ended the run")
+        await trainer.start()
+        say(trainer, "waiting")
+        await until(lambda: status_of(trainer)["state"] == "running", "the run goes on")
+        await trainer.train(1)
+        say(trainer, "stopped")  # by a signal
+        await asyncio.sleep(0.5)
+        assert not task.done() and status_of(trainer)["state"] == "running"
+        await trainer.start()
+        await trainer.train(STEPS - 2)
+        await until(lambda: status_of(trainer)["state"] == "finished", "the last step is trained")
+    complete(trainer)
+
+
+async def test_a_retry_that_a_restart_finds_unmade_waits_for_room(make_recipe, clean, rollouts, reward_server):
+    chosen = make_recipe(pacing__max_staleness=0, data__shuffle=False)
+    rollouts.refuse = {"say 5"}
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server):
+        await trainer.start()
+        await trainer.train(2)
+        while (await trainer.queue.depth()).queued < PER_STEP:
+            await asyncio.sleep(0.02)
+        rollouts.refuse = set()
+        (dead,) = await trainer.queue.dead()
+        await trainer.queue.retry(dead.entry_id)
+        made = len(rollouts.made)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await until(lambda: status_of(trainer)["state"] == "running", "it began again")
+        await asyncio.sleep(0.5)
+        assert len(rollouts.made) == made, "the trainer can take no more"
+        await trainer.train(STEPS - 2)
+        assert await over(task) == 0
+    assert sorted(trainer.indices) == list(range(STEPS * PER_STEP)), "nothing more, nothing less"
+    assert max(trainer.staleness) == 0
+
+
+async def stop_by_order(trainer: Trainer, name: str) -> None:
+    order = commands.Stop(id=name, reason="enough")
+    await commands.send(trainer.queue.redis, trainer.run, order)
+    await obey(trainer, order)
+    say(trainer, "stopped")
+
+
+def say(trainer: Trainer, state: str) -> None:
+    status = {"state": state, "step": trainer.version, "lineage": trainer.lineage, "at": time.time()}
+    trainer.redis.hset(Keys(trainer.run).status, "trainer", json.dumps(status))
 
 
 async def test_scored_groups_are_kept_after_they_were_trained(make_recipe, clean, rollouts, reward_server):

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 import yaml
 from test_trainer import GROUPS_PER_STEP, STEPS, Run, make_recipe, read_steps, surviving
 
@@ -17,6 +18,8 @@ from services.redis import DeadlineExceeded, connect
 from trainer.checkpoint import Progress
 from trainer.feed import Feed
 from trainer.obey import adjusted, obey
+from trainer.ranks import Ranks
+from trainer.train import WAIT, _next
 from trainer.waits import Waits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -74,26 +77,39 @@ async def test_an_order_is_given_once_and_they_keep_their_order(redis_url):
 
 
 def test_while_the_run_is_paused_nothing_is_late(tiny_model, redis_url, tmp_path):
-    """A trainer gives up on groups that do not come in time; the time counts from when they may come."""
+    """A trainer gives up on groups that do not come in time; the time counts from when they may come. Its other ranks
+    hear of it that often, or their collective would time out."""
     late, paused_for = 0.3, 1.0
     run = Run(tmp_path, tiny_model, redis_url, "paused", batch_deadline_seconds=late)
-    feed = Feed(redis_url, run.recipe, Waits())
+    waits = Waits()
+    feed, told, texts = Feed(redis_url, run.recipe, waits), [], set()
+
+    class Told(Ranks):
+        def broadcast(self, payload):
+            told.append(payload)
+            return super().broadcast(payload)
+
+    def look():
+        texts.update(what for what, *_ in waits._waiting.copy().values())
+        on_redis(lambda client: pause.put(client, run.name, False), redis_url)
+
+    ranks = Told(0, 1, torch.device("cpu"))
     try:
         feed.claim(0, [], [])
         on_redis(lambda client: pause.put(client, run.name, True), redis_url)
-        lift = threading.Timer(
-            paused_for, lambda: on_redis(lambda client: pause.put(client, run.name, False), redis_url)
-        )
+        lift = threading.Timer(paused_for, look)
         lift.start()
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="0 of 2 scored groups"):
-            feed.pull(Progress())
+            _next(feed, Progress(), 288, ranks)
         assert paused_for + late <= time.monotonic() - began < paused_for + 10
         lift.join()
+        assert len(told) >= 2 and set(told) == {WAIT}
+        assert any("the run is paused" in text for text in texts)
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             time.sleep(late)  # the pause is long over
-            feed.pull(Progress())
+            _next(feed, Progress(), 288, ranks)
         assert time.monotonic() - began < paused_for + late
     finally:
         feed.close()

@@ -38,6 +38,10 @@ FIRST_LOOK_SECONDS = 10.0
 """A trainer that waits this long for groups looks whether its newest weights are whole; later ever more seldom."""
 
 
+class Paused(Exception):
+    """No groups came in time, and none had to: the run is paused, or was meanwhile."""
+
+
 class Feed:
     """The run's queue for a synchronous caller. After SIGTERM or SIGINT (see `graceful`) `pull` returns none."""
 
@@ -85,30 +89,29 @@ class Feed:
         """One step's groups, by their place in the run's order; none when a signal asked to stop, and an empty list
         when there are orders to obey first.
 
-        Raises DeadlineExceeded after `trainer.batch_deadline_seconds`, and DamagedWeights: nobody can load what was
-        published, so nothing will come. Whoever starts again publishes anew.
+        Raises after `trainer.batch_deadline_seconds` DeadlineExceeded, or Paused: call it again. Raises DamagedWeights:
+        nobody can load what was published, so nothing will come. Whoever starts again publishes anew.
         """
         what = f"{self.recipe.trainer.groups_per_step} scored groups from the orchestrator"
+        if self._ask(self._pause()).paused:
+            what = f"{what} (the run is paused)"
+            log.info("waiting for %s", what)
         try:
             with self.waits.on("groups", what, GROUPS_PATIENCE_SECONDS):
-                entries = self.runner.run(self._pull_or_pause(progress))
+                entries = self.runner.run(self._pull(progress))
+        except DeadlineExceeded as error:
+            if not self._ask(self._pause()).excuses(self.recipe.trainer.batch_deadline_seconds):
+                raise
+            raise Paused(f"while the run is paused nothing is late: {error}") from error
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
             return None
         return sorted(entries, key=lambda entry: entry.group.index) if entries is not None else None
 
-    async def _pull_or_pause(self, progress: Progress) -> list[Entry] | None:
-        """While the run is paused nothing comes, and nothing is late."""
+    async def _pause(self) -> pause.Pause:
         run_id = self.recipe.run.name
-        while True:
-            try:
-                return await self._pull(progress)
-            except DeadlineExceeded:
-                found = await insist(lambda: pause.read(self.redis, run_id), f"run {run_id}: pause", 60)
-                if not found.excuses(self.recipe.trainer.batch_deadline_seconds):
-                    raise
-                log.info("the run is paused: waiting on for scored groups")
+        return await insist(lambda: pause.read(self.redis, run_id), f"run {run_id}: pause", 60)
 
     async def _pull(self, progress: Progress) -> list[Entry] | None:
         trainer = self.recipe.trainer

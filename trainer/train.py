@@ -33,7 +33,7 @@ from trainer import reference as references
 from trainer import start as starts
 from trainer.batch import Sequences, sequences
 from trainer.checkpoint import Progress
-from trainer.feed import Feed, graceful
+from trainer.feed import Feed, Paused, graceful
 from trainer.obey import adjusted, obey
 from trainer.ranks import Ranks, join
 from trainer.reference import Reference
@@ -42,8 +42,9 @@ from trainer.waits import Waits
 
 log = logging.getLogger(__name__)
 
-STOP, BATCH, ORDERS = b"", b"b", b"o"
-"""What rank 0 sends to the others starts with one of these; STOP is all of it."""
+STOP, BATCH, ORDERS, WAIT = b"", b"b", b"o", b"w"
+"""What rank 0 sends to the others starts with one of these; STOP and WAIT are all of it. WAIT comes again and
+again while the run is paused: no collective may last longer than the process group's timeout."""
 
 
 def main(recipe: Recipe, redis_url: str, resume: bool = False, resume_from: Path | None = None) -> int:
@@ -186,29 +187,35 @@ def _next(
     feed: Feed | None, progress: Progress, vocab_size: int, ranks: Ranks
 ) -> tuple[list[AnyOrder], Sequences | None, list[Entry]]:
     """The same on every rank: orders to obey, or a batch, or neither at the end. The batch's entries on rank 0."""
-    payload, entries = None, []
-    if feed is not None:
-        feed.report("waiting", progress.step, progress.lineage)
-        orders, pulled = feed.orders(progress), None
-        if not orders and progress.step >= feed.recipe.trainer.steps:
-            orders = feed.last_orders(progress) if feed.recipe.has_orders else []
-        elif not orders:
+    while True:
+        payload, entries = _offer(feed, progress, vocab_size) if feed is not None else (None, [])
+        data = ranks.broadcast(payload)
+        kind, rest = data[:1], data[1:]
+        if kind == ORDERS:
+            return [commands.parse(body) for body in json.loads(rest)], None, []
+        if kind != WAIT:
+            return [], (Sequences.unpack(rest) if kind == BATCH else None), entries
+
+
+def _offer(feed: Feed, progress: Progress, vocab_size: int) -> tuple[bytes, list[Entry]]:
+    """What rank 0 tells the others comes next, and a batch's entries."""
+    feed.report("waiting", progress.step, progress.lineage)
+    orders, pulled = feed.orders(progress), None
+    if not orders and progress.step >= feed.recipe.trainer.steps:
+        orders = feed.last_orders(progress) if feed.recipe.has_orders else []
+    elif not orders:
+        try:
             pulled = feed.pull(progress)
-            orders = feed.orders(progress) if pulled == [] else []
-        entries = pulled or []
-        if entries:
-            feed.report("training", progress.step, progress.lineage)
-            # Begun before anything looks into the groups: one that makes the trainer crash is found by counting.
-            feed.begin(entries)
-            payload = BATCH + sequences([entry.group for entry in entries], vocab_size).pack()
-        else:
-            bodies = [order.model_dump_json() for order in orders]
-            payload = ORDERS + json.dumps(bodies).encode() if bodies else STOP
-    data = ranks.broadcast(payload)
-    kind, rest = data[:1], data[1:]
-    if kind == ORDERS:
-        return [commands.parse(body) for body in json.loads(rest)], None, []
-    return [], (Sequences.unpack(rest) if kind == BATCH else None), entries
+        except Paused:
+            return WAIT, []
+        orders = feed.orders(progress) if pulled == [] else []
+    if pulled:
+        feed.report("training", progress.step, progress.lineage)
+        # Begun before anything looks into the groups: one that makes the trainer crash is found by counting.
+        feed.begin(pulled)
+        return BATCH + sequences([entry.group for entry in pulled], vocab_size).pack(), pulled
+    bodies = [order.model_dump_json() for order in orders]
+    return ORDERS + json.dumps(bodies).encode() if bodies else STOP, []
 
 
 def _publish(

@@ -111,10 +111,10 @@ class Tally:
 
 class Watch:
     """The run as Redis shows it: newest weights, lineage, queue, followers, the trainer's status; `dead` groups (by
-    index); the `floor`, the lowest lineage whose groups count. `retried` are dead groups that were to be made again, of
-    which the first `retried_before` are in the order anyway. `gone` are the places in the order that nothing is trained
-    in: of dead groups, of those left out, and of those retried, which come later. `paused_at` is when the run was last
-    seen paused.
+    index); the `floor`, the lowest lineage whose groups count. `retried` are all dead groups that were to be made
+    again, `again` those of them that come later than their place in the order: not the ones that were made before the
+    order began. `gone` are the places in the order that nothing is trained in: of dead groups, of those left out, and
+    of those that come later. `paused_at` is when the run was last seen paused.
 
     `wake` is set whenever it looked, so that its owner looks too. Before the first publication `version` is none.
     """
@@ -131,7 +131,9 @@ class Watch:
         self.dead: list[int] = []
         self.gone: list[int] = []
         self.retried: list[int] = []
-        self.retried_before = 0
+        self.again: list[int] = []
+        self._unmade: list[int] = []
+        self._retried_before = 0
         self.paused = False
         self.paused_at = 0.0
         self.followers: list[Heartbeat] = []
@@ -145,9 +147,9 @@ class Watch:
         """Groups of a lower index that will never be trained."""
         return bisect.bisect_left(self.gone, index)
 
-    async def forget_retried(self) -> None:
-        """What was retried so far is in the order again, because the order begins anew."""
-        self.retried_before = len(self.retried)
+    async def begin_again(self, retried: int, unmade: list[int]) -> None:
+        """The order begins anew: of the first `retried` groups only the `unmade` ones still come later."""
+        self._retried_before, self._unmade = retried, unmade
         self._gone_counts = (-1, -1, -1)
         await self.refresh()
 
@@ -174,8 +176,8 @@ class Watch:
         if counts != self._gone_counts:
             self._gone_counts = counts
             self.dead = sorted({group.index for group in await self.queue.dead()})
-            again = self.retried[self.retried_before :]
-            self.gone = sorted([*{*self.dead, *await self.queue.left_out()}, *again])
+            self.again = [*self._unmade, *self.retried[self._retried_before :]]
+            self.gone = sorted([*{*self.dead, *await self.queue.left_out()}, *self.again])
         self._note_lags()
         self._heard = time.monotonic()
         self.wake.set()

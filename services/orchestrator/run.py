@@ -139,7 +139,8 @@ async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
 
 class Loop:
     """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet, `again` counts
-    dead groups that were admitted besides, `floor` is the lowest lineage whose groups counted when it began."""
+    dead groups that were admitted besides, `floor` is the lowest lineage whose groups counted when it began. `stopped`
+    is the lineage of the trainer that an order stopped: one that resumes the run has another."""
 
     def __init__(
         self,
@@ -154,6 +155,7 @@ class Loop:
         self.evaluator, self.guard = evaluator, guard
         self.evaluating: asyncio.Task[EvaluationResult] | None = None
         self.ended = False
+        self.stopped: int | None = None
         self.cursor = self.floor = self.again = 0
         self.seen: set[str] | None = None
         self.running: dict[asyncio.Task[None], Chunk] = {}
@@ -221,6 +223,9 @@ class Loop:
     def _admit(self) -> None:
         desk = self.desk
         if desk.watch.paused:
+            if desk.tally.state != "paused" or time.monotonic() - self.reminded > REMIND_SECONDS:
+                self.reminded = time.monotonic()
+                log.warning("the run is paused: no new groups are admitted until it is resumed")
             desk.tally.state = "paused"
             return
         while desk.watch.version is not None and len(self.running) < desk.recipe.pacing.max_requests_in_flight:
@@ -235,8 +240,11 @@ class Loop:
     def _retried_chunk(self) -> Chunk | None:
         """A group that was given up and is to be made again, once the trainer can take one more."""
         watch = self.desk.watch
-        waiting = watch.retried[watch.retried_before + self.again :]
-        if not waiting or watch.version is None or not self._has_room(watch.version.version):
+        waiting = watch.again[self.again :]
+        # Not before its place: what an order that begins anew finds made was admitted below its cursor.
+        if not waiting or waiting[0] >= self.cursor:
+            return None
+        if watch.version is None or not self._has_room(watch.version.version):
             return None
         self.again += 1
         log.info("the group of index %d, which was given up, is made again", waiting[0])
@@ -266,14 +274,15 @@ class Loop:
             if not missing:
                 continue
             if desk.recipe.run.deterministic:
-                # The same batch as the first time; the queue drops what it has. Only the dead stay out of it.
-                missing = [index for index in ids if index not in desk.watch.dead]
+                # The same batch as the first time; the queue drops what it has. Only the dead stay out of it, and those
+                # of them that come later.
+                missing = [index for index in ids if index not in {*desk.watch.dead, *desk.watch.again}]
             return Chunk(missing, floor=version)
 
     def _is_over(self) -> bool:
         watch = self.desk.watch
         said = watch.trainer.get("state") == "done" and watch.trainer.get("at", 0) > watch.extra["started_at"]
-        if self.ended:
+        if self.ended or (watch.trainer.get("state") == "stopped" and watch.trainer.get("lineage") == self.stopped):
             return True
         if self.desk.recipe.has_orders:
             return said
@@ -298,9 +307,13 @@ class Loop:
         self.seen = await self._begin_order()
 
     async def _begin_order(self) -> set[str]:
-        """The ids of all groups that need not be made."""
-        await self.desk.watch.forget_retried()
-        return await self.desk.queue.seen()
+        """The ids of all groups that need not be made in their place."""
+        watch, group_id = self.desk.watch, self.desk.source.group_id
+        retried = watch.retried
+        seen = await self.desk.queue.seen()
+        unmade = [index for index in dict.fromkeys(retried) if group_id(index) not in seen]
+        await watch.begin_again(len(retried), unmade)
+        return seen.union(map(group_id, watch.again))
 
     async def _evaluate(self) -> None:
         """Take the result of an evaluation that ended, and start the one that is due."""
@@ -333,8 +346,11 @@ class Loop:
         run_id, redis = desk.recipe.run.name, desk.watch.redis
         if desk.watch.trainer.get("state") == "stopped":
             given = await insist(lambda: commands.after(redis, run_id, 0), f"run {run_id}: orders", REDIS_SECONDS)
+            obeyed = await insist(lambda: commands.all_obeyed(redis, run_id), f"run {run_id}: orders", REDIS_SECONDS)
             is_ours = desk.watch.trainer.get("at", 0) > desk.watch.extra["started_at"]
-            self.ended = is_ours and any(isinstance(order, Stop) for order in given)
+            stops = {obeyed[order.id].lineage for order in given if isinstance(order, Stop) and order.id in obeyed}
+            if is_ours and desk.watch.trainer.get("lineage") in stops:
+                self.stopped = desk.watch.trainer["lineage"]
         if not desk.recipe.has_orders:
             return
         is_watched = self.guard is None or not self.guard.holds(version)
