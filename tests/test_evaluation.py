@@ -206,6 +206,18 @@ def test_only_what_is_missing_is_asked_again(tmp_path, known, reward_url):
     assert first.value.value == second.pass_at["1"].value == pytest.approx(1 / 3)
 
 
+def test_a_corrected_reference_is_judged_anew(tmp_path, known, reward_url):
+    server, url = known
+    settings = {"url": url, "reward_url": reward_url, "data": tmp_path / "data"}
+    write(tmp_path / "data", "gsm8k", [{"question": "What?", "answer": "#### 7"}])
+    (one,) = asked(BENCHMARKS["gsm8k"], load(BENCHMARKS["gsm8k"], tmp_path / "data", None).items, DRAWN, "")
+    server.texts[one.sampling.seed] = "\\boxed{1}"
+    assert evaluate("gsm8k", DRAWN, tmp_path / "out", **settings).tasks[0].value.value == 0
+    write(tmp_path / "data", "gsm8k", [{"question": "What?", "answer": "#### 1"}])
+    assert evaluate("gsm8k", DRAWN, tmp_path / "out", **settings).tasks[0].value.value == 1
+    assert len(server.calls) == 1
+
+
 def test_a_judge_prefers(tmp_path, known, reward_url):
     """The judge says 8 of 10 for A whichever answer that is: its liking for the first place cancels out."""
     server, url = known
@@ -380,7 +392,7 @@ def test_verdicts_that_the_machine_spoilt_are_had_again(tmp_path):
         kept.add([Answer(key=one.key, item=one.item.id, **said) for one in wanted])
         for one, outcome in zip(wanted, (Outcome.timeout, Outcome.unparsable), strict=False):
             failed = Score.failed(outcome, "why")
-            kept.add([Verdict(answer=one.key, spec=judge.key, components={"math_verify": failed})])
+            kept.add([Verdict(answer=one.key, spec=judge.key_of(one), components={"math_verify": failed})])
         assert [[one.item.id for one in group] for group in open_groups(judge, wanted, kept)] == [
             [wanted[0].item.id],
             [wanted[2].item.id],

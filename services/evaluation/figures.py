@@ -33,7 +33,7 @@ class Judged:
 
 
 def _component(ledger: Ledger, one: Asked, judge: Judge | None, term: str) -> Score | None:
-    verdict = None if judge is None else ledger.verdicts.get((one.key, judge.key))
+    verdict = None if judge is None else ledger.verdicts.get((one.key, judge.key_of(one)))
     return None if verdict is None else verdict.components[term]
 
 
