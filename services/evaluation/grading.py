@@ -26,8 +26,8 @@ CHECK_SECONDS = 30.0
 @dataclass(frozen=True)
 class Judge:
     """`key`: the spec, and the scorer's weights where they speak. `of_group`: it compares the answers of an item, so it
-    needs all of them. `whole`: it judges the completion, not what the benchmark reads of it. `by_reference`: it compares
-    with what the item says is right.
+    needs all of them. `whole`: it judges the completion, not what the benchmark reads of it. `by_reference`: it
+    compares with what the item says is right.
     """
 
     spec: RewardSpec
