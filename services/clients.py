@@ -9,17 +9,19 @@ other answer is final: a `Refused` (4xx) carries what the server said of the req
 """
 
 import asyncio
+import base64
 import functools
 import itertools
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -131,6 +133,22 @@ def _problem(response: httpx.Response) -> tuple[str, str, list[dict[str, str]]]:
     return str(body.get("title", response.reason_phrase)), f"{body.get('detail', '')}{request}".strip(), errors
 
 
+def credentials(url: str) -> tuple[str, str | None]:
+    """A URL without its credentials, and what it asks to be sent as `Authorization`: `Bearer TOKEN` for
+    http://:TOKEN@host, `Basic ...` where there is a user's name as well. Raises ValueError, which does not quote them.
+    """
+    found = re.match(r"([^/]*//)([^/?#]*)@", url)
+    if found is None:
+        return url, None
+    bare = found[1] + url[found.end() :]
+    user, _, token = (unquote(part) for part in found[2].partition(":"))
+    if user:
+        return bare, "Basic " + base64.b64encode(f"{user}:{token}".encode()).decode()
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError(f"the token in the URL of {bare} is not of printable ASCII characters")
+    return bare, f"Bearer {token}" if token else None
+
+
 def _ids() -> dict[str, str]:
     """By what the server's logs and traces can be joined with the caller's."""
     rid, place = request_id.get(), traces.here()
@@ -140,7 +158,8 @@ def _ids() -> dict[str, str]:
 class ServiceClient:
     """One server. `retry_seconds` is how long transient failures are retried; 0 raises the first.
 
-    `token` is sent as bearer token; `admin_token` instead of it on calls that change the server's state.
+    `token` is sent as bearer token; `admin_token` instead of it on calls that change the server's state. Credentials in
+    the URL replace `token`, and stand in no message.
     Raises ValueError: `url` is not an http(s) URL.
     """
 
@@ -152,12 +171,13 @@ class ServiceClient:
         retry_seconds: float = 60.0,
         deadline_seconds: float = 600.0,
     ):
+        url, self._in_url = credentials(url)
         try:
             valid = httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
         except httpx.InvalidURL:
             valid = False
         if not valid or "[" in url and "]" not in url:
-            raise ValueError(f"{url!r} is not a server's URL: write it as http://host:port")
+            raise ValueError(f"{url.rpartition('@')[2]!r} is not a server's URL: write it as http://host:port")
         self.url = url.rstrip("/")
         self.token, self.admin_token = token, admin_token
         self.retry_seconds, self.deadline_seconds = retry_seconds, deadline_seconds
@@ -174,6 +194,13 @@ class ServiceClient:
         """Close the running loop's connections; a later call opens new ones."""
         if http := self._of_loop.pop(asyncio.get_running_loop(), None):
             await http.aclose()
+
+    def authorization(self, admin: bool = False) -> dict[str, str]:
+        """The header, if any."""
+        if admin and self.admin_token:
+            return {"Authorization": f"Bearer {self.admin_token}"}
+        said = self._in_url or (f"Bearer {self.token}" if self.token else None)
+        return {"Authorization": said} if said else {}
 
     def _http(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
@@ -223,9 +250,7 @@ class ServiceClient:
         url = self.url + path
         headers = {"Accept": MSGPACK, "X-Deadline-Seconds": f"{max(remaining, 0.001):.3f}"}
         headers |= _ids()
-        token = (self.admin_token or self.token) if admin else self.token
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        headers |= self.authorization(admin)
         if content is not None:
             headers["Content-Type"] = MSGPACK
         try:

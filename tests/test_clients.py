@@ -39,6 +39,7 @@ from services.clients import (
     RolloutClient,
     ServerFault,
     Unavailable,
+    credentials,
     pause_before,
 )
 from services.contract import Completion, CompletionScore, GroupScores, Score, Task, Version
@@ -117,6 +118,38 @@ def make_app(behaviour: Behaviour, settings: HttpSettings) -> FastAPI:
         assert name
 
     return app
+
+
+@pytest.mark.parametrize(
+    ("url", "bare", "said"),
+    [
+        ("http://host:1/v1", "http://host:1/v1", None),
+        ("http://:s%40cret@host:1/v1", "http://host:1/v1", "Bearer s@cret"),
+        ("http://:s@cret@host", "http://host", "Bearer s@cret"),
+        ("http://user:cret@[::1]:1", "http://[::1]:1", "Basic dXNlcjpjcmV0"),
+        ("http://:@host/a@b", "http://host/a@b", None),
+    ],
+)
+def test_credentials_are_split_off_a_url(url, bare, said):
+    assert credentials(url) == (bare, said)
+
+
+@pytest.mark.parametrize("url", ["http://:s%0Acret@host", "ftp://:secret@host", "http://:sec/ret@host"])
+def test_a_refused_url_does_not_tell_its_token(url):
+    with pytest.raises(ValueError, match="host") as refused:
+        RolloutClient(url)
+    assert "ret" not in str(refused.value)
+
+
+async def test_a_token_in_the_url_is_sent_and_told_nowhere(behaviour):
+    url, seen = behaviour[0].replace("//", "//:api@"), behaviour[1].seen
+    async with RewardClient(url, "wrong", "admin") as client:
+        assert (await client.model())["model"] == "m"
+        await client.put_spec("s", RewardSpec.model_validate({"rewards": [{"name": "length"}]}))
+        with pytest.raises(Refused) as refused:
+            await client.get_spec("s")
+    assert [one["authorization"] for one in seen] == ["Bearer api", "Bearer admin", "Bearer api"]
+    assert client.url == behaviour[0] and "api@" not in f"{refused.value} {refused.value.url}"
 
 
 def busy(status: int = 503, **headers: str) -> Response:

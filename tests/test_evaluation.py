@@ -60,19 +60,22 @@ class Known:
     def __init__(self) -> None:
         self.texts: dict[int, str] = {}
         self.calls: list[dict] = []
+        self.tokens: set[str | None] = set()
         self.busy = 0
 
     def app(self) -> FastAPI:
         app = FastAPI()
 
         @app.get("/v1/models")
-        async def models():
+        async def models(request: Request):
+            self.tokens.add(request.headers.get("authorization"))
             return {"data": [{"id": "known"}]}
 
         @app.post("/v1/chat/completions")
         @app.post("/v1/completions")
         async def complete(request: Request):
             body = await request.json()
+            self.tokens.add(request.headers.get("authorization"))
             self.busy += 1
             if self.busy % 3 == 0:
                 return Response("slow down", 429, headers={"Retry-After": "0"})
@@ -206,6 +209,18 @@ def test_only_what_is_missing_is_asked_again(tmp_path, known, reward_url):
     assert first.value.value == second.pass_at["1"].value == pytest.approx(1 / 3)
 
 
+def test_a_corrected_reference_is_judged_anew(tmp_path, known, reward_url):
+    server, url = known
+    settings = {"url": url, "reward_url": reward_url, "data": tmp_path / "data"}
+    write(tmp_path / "data", "gsm8k", [{"question": "What?", "answer": "#### 7"}])
+    (one,) = asked(BENCHMARKS["gsm8k"], load(BENCHMARKS["gsm8k"], tmp_path / "data", None).items, DRAWN, "")
+    server.texts[one.sampling.seed] = "\\boxed{1}"
+    assert evaluate("gsm8k", DRAWN, tmp_path / "out", **settings).tasks[0].value.value == 0
+    write(tmp_path / "data", "gsm8k", [{"question": "What?", "answer": "#### 1"}])
+    assert evaluate("gsm8k", DRAWN, tmp_path / "out", **settings).tasks[0].value.value == 1
+    assert len(server.calls) == 1
+
+
 def test_a_judge_prefers(tmp_path, known, reward_url):
     """The judge says 8 of 10 for A whichever answer that is: its liking for the first place cancels out."""
     server, url = known
@@ -292,13 +307,16 @@ def test_certainty_is_the_scorers(tmp_path, rollout_url, reward_url):
     assert said.right == pytest.approx(sum(right) / len(right), abs=1e-5)
     assert said.auc == pytest.approx(separation.auc(right, wrong))
     apart = separation.mann_whitney_r(right, wrong)
-    assert (said.r, said.p) == (pytest.approx(apart.r), pytest.approx(apart.p))
+    assert said.r == pytest.approx(apart.r) and said.p is None, "answers to one item are not independent"
     groups: dict[str, list[str]] = {}
     for key, row in told.items():
         groups.setdefault(row["item"], []).append(key)
     picked = [judged[max(keys, key=certainty.__getitem__)] for keys in groups.values()]
     assert said.surest.value == pytest.approx(sum(picked) / len(picked))
     assert said.group_auc is not None and said.borda is not None and "tiny" in said.scorer
+    single = protocol.model_copy(update={"samples": 1})
+    (alone,) = evaluate("gsm8k", single, tmp_path / "out", certainty=True, **settings).tasks
+    assert 0 < alone.certainty.p <= 1
     # The verdicts were not made again.
     assert sum("math_verify" in row.get("components", {}) for row in rows(tmp_path / "out")) == len(judged)
 
@@ -380,7 +398,7 @@ def test_verdicts_that_the_machine_spoilt_are_had_again(tmp_path):
         kept.add([Answer(key=one.key, item=one.item.id, **said) for one in wanted])
         for one, outcome in zip(wanted, (Outcome.timeout, Outcome.unparsable), strict=False):
             failed = Score.failed(outcome, "why")
-            kept.add([Verdict(answer=one.key, spec=judge.key, components={"math_verify": failed})])
+            kept.add([Verdict(answer=one.key, spec=judge.key_of(one), components={"math_verify": failed})])
         assert [[one.item.id for one in group] for group in open_groups(judge, wanted, kept)] == [
             [wanted[0].item.id],
             [wanted[2].item.id],
@@ -390,6 +408,24 @@ def test_verdicts_that_the_machine_spoilt_are_had_again(tmp_path):
     (tmp_path / "out" / "samples.jsonl").write_text('{"key": 1}\n{}\n')
     with pytest.raises(StartupError, match="line 1: no answer and no verdict"), ledger.opened(tmp_path / "out"):
         pass
+
+
+def test_a_token_in_a_url_is_written_nowhere(tmp_path, known, reward_url, capfd, monkeypatch):
+    from services.cli import main
+
+    server, url = known
+    problems(tmp_path / "data", 1)
+    servers = ["--url", url.replace("//", "//:secret@"), "--reward-url", reward_url.replace("//", "//:secret@")]
+    options = ["--tasks", "gsm8k", "--data", str(tmp_path / "data")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("services.logs.configure", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["rlif", "eval", *servers, *options])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 0 and server.tokens == {"Bearer secret"}
+    written = [(path.name, path.read_bytes() if path.is_file() else b"") for path in (tmp_path / "runs").rglob("*")]
+    assert "results.json" in dict(written) and "secret" not in "".join(capfd.readouterr())
+    assert not any("secret" in name or b"secret" in content for name, content in written)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,18 @@ def test_livecodebench_reads_private_tests_without_unpickling():
             only("livecodebench", {**record, "private_test_cases": base64.b64encode(zlib.compress(pickled)).decode()})
 
 
+def test_livecodebench_unpacks_no_more_than_its_limit(monkeypatch):
+    tests = [{"input": "1" * 5000, "output": "2"}]
+    record = {"question_id": "q", "question_content": "Double it.", "public_test_cases": []}
+    record["private_test_cases"] = packed(tests)
+    size = len(zlib.decompress(base64.b64decode(packed(tests))))
+    monkeypatch.setattr(livecodebench, "LONGEST_TESTS", size + 1)
+    assert only("livecodebench", record).reference["tests"] == tests
+    monkeypatch.setattr(livecodebench, "LONGEST_TESTS", size - 1)
+    with pytest.raises(ValueError, match=f"private_test_cases cannot be read: .*more than {size - 1} bytes"):
+        only("livecodebench", record)
+
+
 def test_livecodebench_calls_a_function_where_the_record_names_one():
     record = {
         "question_id": "q",

@@ -553,6 +553,16 @@ def test_a_preflight_without_answers(urls, recipe_file, monkeypatch, capfd):
     assert "the majority, for want of answers" in shown and "caution: " in shown and "without answers" in shown
 
 
+def test_a_preflight_of_a_scheduled_reward(urls, recipe_file, monkeypatch, capfd):
+    options = ("--rollout-url", urls[0], "--reward-url", urls[1], "--prompts", 2, "--samples", 2, "--json")
+    chosen = yaml.safe_load(recipe_file.read_text())
+    chosen["rewards"][0]["schedule"] = {"kind": "switch", "at": 10}
+    recipe_file.write_text(yaml.safe_dump(chosen))
+    code, shown, said = run(monkeypatch, capfd, "preflight", recipe_file, *options)
+    assert code == 0, said
+    assert [(prompt.tasks, prompt.failed) for prompt in report.Report.model_validate_json(shown).prompts][0] == (2, 0)
+
+
 def test_up_goes_on_after_a_caution(urls, recipe_file, monkeypatch, capfd):
     started = []
     monkeypatch.setattr("services.cli.run.run_recipe", lambda chosen, *_: started.append(chosen.run.name) or 0)

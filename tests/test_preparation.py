@@ -243,7 +243,8 @@ def test_code_contests_keep_every_test(run, tmp_path):
 
 
 def test_cruxeval_rows_keep_what_the_reward_reads(run, tmp_path):
-    row = {"code": "def f(x):\n    return x + 1", "input": "3", "output": "4", "id": "sample_0"}
+    code = "def f(x):\n    return x + 1  # {input}"
+    row = {"code": code, "input": "3", "output": "4", "id": "sample_0"}
     source = write_jsonl(tmp_path / "c.jsonl", [row])
     account = run("cruxeval", tmp_path / "out.jsonl", "--file", source, "--workers", 1)
     assert account["verified"] == {"reward": "code_output", "answers": 1, "not_verified": 0, "which": []}

@@ -87,7 +87,7 @@ def evaluate(
     Nothing is done twice: stopped or killed, the same command goes on where it was.
     """
     logs.configure("WARNING")
-    from services.clients import CallError
+    from services.clients import CallError, credentials
     from services.evaluation import paper, report, run
     from services.evaluation.answers import WeightsChanged
     from services.evaluation.tasks import BENCHMARKS
@@ -101,7 +101,10 @@ def evaluate(
     if certainty and url is not None and reward_url is None:
         raise StartupError("--certainty with --url: name a reward server that has the model, --reward-url")
     protocol = _protocol(preset, prompt, plain, samples, seeds, temperature, max_tokens)
-    name = str(model or url)
+    try:
+        name = credentials(url)[0] if url is not None else str(model)
+    except ValueError as error:
+        raise StartupError(f"--url: {error}") from error
     chosen = run.Settings(
         model=name,
         benchmarks=benchmarks,

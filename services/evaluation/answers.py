@@ -96,10 +96,9 @@ class OpenAI:
 
     size = 1
 
-    def __init__(self, url: str, model: str, token: str | None, deadline_seconds: float):
+    def __init__(self, url: str, model: str, headers: dict[str, str], deadline_seconds: float):
         self.url, self.model, self.seconds = url, model, deadline_seconds
         self.identity = f"{model} at {url}"
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.http = httpx.AsyncClient(
             headers=headers,
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
@@ -162,6 +161,7 @@ async def connect(url: str, name: str | None, token: str | None, deadline_second
         client = RolloutClient(url, token, retry_seconds=10.0)
     except ValueError as error:
         raise StartupError(f"--url {error}") from error
+    url = client.url
     try:
         served = await client.model(CHECK_SECONDS)
         version = Version.model_validate(served["weight_version"])
@@ -173,11 +173,11 @@ async def connect(url: str, name: str | None, token: str | None, deadline_second
     except CallError as error:
         raise StartupError(f"--url {url}: {error}") from error
     await client.close()
-    return OpenAI(url, await _served_name(url, name, token), token, deadline_seconds)
+    headers = client.authorization()
+    return OpenAI(url, await _served_name(url, name, headers), headers, deadline_seconds)
 
 
-async def _served_name(url: str, name: str | None, token: str | None) -> str:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+async def _served_name(url: str, name: str | None, headers: dict[str, str]) -> str:
     try:
         async with httpx.AsyncClient(timeout=CHECK_SECONDS, headers=headers) as http:
             response = await http.get(f"{url}/v1/models")

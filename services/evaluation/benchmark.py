@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -28,6 +29,10 @@ class Item:
 
     def judged_by(self) -> Reference:
         return Reference.model_validate(self.reference)
+
+    @cached_property
+    def reference_id(self) -> str:
+        return content_id(orjson.dumps(self.reference, option=orjson.OPT_SORT_KEYS).decode())
 
 
 @dataclass(frozen=True)

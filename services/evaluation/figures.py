@@ -33,7 +33,7 @@ class Judged:
 
 
 def _component(ledger: Ledger, one: Asked, judge: Judge | None, term: str) -> Score | None:
-    verdict = None if judge is None else ledger.verdicts.get((one.key, judge.key))
+    verdict = None if judge is None else ledger.verdicts.get((one.key, judge.key_of(one)))
     return None if verdict is None else verdict.components[term]
 
 
@@ -135,17 +135,19 @@ def _certainty(found: Sequence[Judged], judges: Mapping[str, Judge], ledger: Led
     right = [value for value, one in pairs if one.is_right]
     wrong = [value for value, one in pairs if not one.is_right]
     apart = separation.mann_whitney_r(right, wrong)
+    groups = [group for _, several in _groups(found) for group in several]
+    is_alone = all(len(several) == 1 and len(several[0]) == 1 for _, several in _groups(found))
     said = Certainty(
         scorer=scorer,
         right=fmean(right) if right else None,
         wrong=fmean(wrong) if wrong else None,
         auc=separation.auc(right, wrong),
         r=apart and apart.r,
-        p=apart and apart.p,
+        p=apart and apart.p if is_alone else None,  # answers to one item depend on each other
     )
-    if all(len(group) == 1 for _, groups in _groups(found) for group in groups):
+    if all(len(group) == 1 for group in groups):
         return said
-    inside = [known(group) for _, groups in _groups(found) for group in groups]
+    inside = [known(group) for group in groups]
 
     def surest(group: list[Judged]) -> float | None:
         mine = known(group)

@@ -25,23 +25,29 @@ CHECK_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Judge:
-    """`key` names it in the ledger: the spec, and the scorer's weights where they speak. `of_group`: it compares the
-    answers of an item, so it needs all of them. `whole`: it judges the completion, not what the benchmark reads of it.
+    """`key`: the spec, and the scorer's weights where they speak. `of_group`: it compares the answers of an item, so it
+    needs all of them. `whole`: it judges the completion, not what the benchmark reads of it. `by_reference`: it
+    compares with what the item says is right.
     """
 
     spec: RewardSpec
     key: str
     of_group: bool = False
     whole: bool = False
+    by_reference: bool = False
 
     @property
     def term(self) -> str:
         return self.spec.rewards[0].key
 
+    def key_of(self, one: Asked) -> str:
+        """Names its verdict on an answer in the ledger: what decides the verdict, besides the answer, is in it."""
+        return f"{self.key} {one.item.reference_id}" if self.by_reference else self.key
 
-def _judge(*terms: RewardTerm, scorer: str = "", of_group: bool = False, whole: bool = False) -> Judge:
+
+def _judge(*terms: RewardTerm, scorer: str = "", **how: bool) -> Judge:
     spec = RewardSpec(rewards=list(terms))
-    return Judge(spec, f"{spec.spec_id} {scorer}".strip(), of_group, whole)
+    return Judge(spec, f"{spec.spec_id} {scorer}".strip(), **how)
 
 
 def judges(
@@ -50,7 +56,7 @@ def judges(
     """By what they are asked: `right`, and where it applies `majority`, `certainty` and `borda`. `scorer` identifies
     the scorer model's weights; none: nobody asks for certainty. Without `tokens` of the answers only their texts could
     be scored, and `borda` sees just what the benchmark reads of those: it is left out."""
-    found = {"right": _judge(*terms)}
+    found = {"right": _judge(*terms, by_reference=True)}
     if scorer is not None:
         found["certainty"] = _judge(RewardTerm(name="self_certainty"), scorer=scorer, whole=True)
     if samples == 1 or benchmark.vote is None:
@@ -104,7 +110,7 @@ async def grade(
                 scored = await client.rewards(bodies, name, deadline_seconds)
                 ledger.add(
                     [
-                        Verdict(answer=one.key, spec=judge.key, components=score.components)
+                        Verdict(answer=one.key, spec=judge.key_of(one), components=score.components)
                         for group, scores in zip(batch, scored.groups, strict=True)
                         for one, score in zip(group, scores.scores, strict=True)
                     ]
@@ -116,7 +122,7 @@ async def grade(
                     raise
                 if len(batch) == 1:  # a record that no verdict can be had on, an answer too long
                     failed = {term.key: Score.failed(Outcome.error, str(error)) for term in judge.spec.rewards}
-                    ledger.add([Verdict(answer=one.key, spec=judge.key, components=failed) for one in batch[0]])
+                    ledger.add([Verdict(answer=one.key, spec=judge.key_of(one), components=failed) for one in batch[0]])
                     progress(len(batch[0]))
                     return
         await asyncio.gather(*(some([group]) for group in batch))
@@ -133,7 +139,7 @@ def open_groups(judge: Judge, wanted: Sequence[Asked], ledger: Ledger) -> list[l
     """The answers that lack a final verdict, those to one item with one seed together."""
 
     def is_open(one: Asked) -> bool:
-        verdict = ledger.verdicts.get((one.key, judge.key))
+        verdict = ledger.verdicts.get((one.key, judge.key_of(one)))
         return verdict is None or not verdict.is_final
 
     found = []

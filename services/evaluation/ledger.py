@@ -34,7 +34,7 @@ class Answer(Wire):
 
 
 class Verdict(Wire):
-    """What one spec said of one answer; `spec` also names the scorer where one was used."""
+    """What one spec said of one answer; `spec` also names the scorer and the reference where they were used."""
 
     answer: str
     spec: str

@@ -16,9 +16,10 @@ class Figure(Wire):
 
 
 class Certainty(Wire):
-    """Self-certainty by `scorer`, in nats per token. `auc`, `r` (Z / sqrt(N)) and `p` (one-sided) compare right with
-    wrong answers over all items, `group_auc` inside the items that have both. `surest`: of an item's answers the one of
-    the highest certainty. `borda`: the answers' vote, weighted by the rank of certainty."""
+    """Self-certainty by `scorer`, in nats per token. `auc`, `r` (Z / sqrt(N)) and `p` (one-sided; where
+    each item has one answer) compare right with wrong answers over all items, `group_auc` inside the items that have
+    both. `surest`: of an item's answers the one of the highest certainty. `borda`: the answers' vote, weighted by the
+    rank of certainty."""
 
     scorer: str
     right: float | None = None

@@ -64,7 +64,7 @@ def permutation(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -
     """Two-sided p of a permutation test of the difference of means of two independent samples (runs with several
     seeds): under no difference any split of the pooled values is as likely. Exact for few values; else drawn.
 
-    It cannot fall below 2 / C(n + m, n): with three runs a side that is 0.1.
+    It cannot fall below 1 / C(n + m, n), or twice that with sides of equal size: with three runs a side that is 0.1.
     """
     pooled, n = np.array([*ours, *theirs], np.float64), len(ours)
     if not n or n == len(pooled):

@@ -9,6 +9,7 @@ from services.api import CompletionText, RewardGroup, RolloutRequest
 from services.clients import Refused, RewardClient, RolloutClient, ServerFault
 from services.contract import Group, ScoredGroup, Task, group_id, group_seed
 from services.orchestrator.chunk import NOT_OF_THE_GROUP
+from services.orchestrator.progress import newest_of
 from services.orchestrator.servers import Servers
 from services.recipe import Recipe
 from services.spec import RewardSpec
@@ -99,6 +100,7 @@ async def _score(recipe: Recipe, servers: Servers, groups: list[Group]) -> list[
                 CompletionText(text=made.text, token_ids=made.token_ids, finish_reason=made.finish_reason)
                 for made in group.completions
             ],
+            weight_version=newest_of(group),
         )
         for group in groups
     ]

@@ -1,5 +1,6 @@
 """The data sets that are known by name: where they are, and what their columns mean."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,7 @@ def _code_contests(row: Row) -> Row:
 
 
 def _cruxeval(row: Row) -> Row:
-    return {**row, "prompt": PREDICTION.replace("{code}", row["code"]).replace("{input}", row["input"])}
+    return {**row, "prompt": re.sub(r"\{(code|input)\}", lambda found: row[found[1]], PREDICTION)}
 
 
 def _named(*names: str) -> dict[str, Any]:

@@ -24,6 +24,8 @@ PROMPT = """Write a correct and efficient Python program for the problem below.
 Put the whole program into one block fenced by ```python and ```."""
 STDIN = "The program reads from standard input and writes the answer to standard output, nothing else."
 STARTER = "Complete this code, and keep its names:\n\n```python\n{starter}\n```"
+LONGEST_TESTS = 2**29
+"""Bytes that one record's private tests may unpack to: a few kilobytes could fill the memory."""
 RELEASE_V6 = ("test.jsonl", *(f"test{number}.jsonl" for number in range(2, 7)))
 
 
@@ -36,7 +38,10 @@ def _plain(given: Any) -> Any:
     except ValueError:
         pass
     try:
-        pickled = zlib.decompress(base64.b64decode(given))
+        unpacking = zlib.decompressobj()
+        pickled = unpacking.decompress(base64.b64decode(given), LONGEST_TESTS)
+        if not unpacking.eof:
+            raise ValueError(f"cut off, or more than {LONGEST_TESTS} bytes unpacked")
         # The pickle is of one text. Its opcodes are read, and none is carried out.
         (text,) = (said for opcode, said, _ in pickletools.genops(pickled) if "UNICODE" in opcode.name)
         return json.loads(str(text))
