@@ -13,7 +13,8 @@ class Keys:
     JSON; `specs` hash name -> JSON; `status` hash service -> JSON; `steps` stream of what the trainer measured;
     `commands` list of orders to the trainer, `command_ids` the set of their ids, `commands_obeyed` hash id -> JSON;
     `evaluations` hash version -> JSON; `verdicts` hash id -> JSON of the guard's alarms; `pause` JSON; `samples`
-    stream of the last scored groups; `retried` list of indices of dead groups to make again."""
+    stream of the last scored groups; `retried` list of indices of dead groups to make again, `retried_letters`
+    hash entry id -> index."""
 
     run_id: str
 
@@ -119,3 +120,7 @@ class Keys:
     @property
     def retried(self) -> str:
         return self._key("retried")
+
+    @property
+    def retried_letters(self) -> str:
+        return self._key("retried_letters")

@@ -269,13 +269,17 @@ class GroupQueue:
             for entry_id, fields in found
         ]
 
-    async def retry(self, entry_id: str) -> int:
+    async def retry(self, entry_id: str, room: bool = True) -> int:
         """Take a group out of the dead-letter stream and have the orchestrator make it again, by the newest weights.
-        Returns its index. Raises KeyError (no such entry) and ValueError (nobody knows which group it was)."""
-        keys = [self.keys.dead, self.keys.pushed, self.keys.retried]
-        index = int(await self._run(scripts.RETRY, keys, [entry_id], f"retry the dead group {entry_id}"))
+        Returns its index, also when that was asked before. `room`: whether the run takes any more groups. Raises
+        KeyError (no such entry) and ValueError (no room, or nobody knows which group it was)."""
+        keys = [self.keys.dead, self.keys.pushed, self.keys.retried, self.keys.retried_letters]
+        what = f"retry the dead group {entry_id}"
+        index = int(await self._run(scripts.RETRY, keys, [entry_id, int(room)], what))
         if index == -1:
             raise KeyError(entry_id)
+        if index == -3:
+            raise ValueError("the run takes no more groups: all that it trains are made, or on their way")
         if index < 0:
             raise ValueError(f"entry {entry_id} is too damaged to say which group it was")
         return index

@@ -22,16 +22,20 @@ redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('HSET', KEYS[2], ARGV[1], 'left_out')
 return 1
 """
-# Of a damaged entry nobody knows which group it was.
+# Of a damaged entry nobody knows which group it was. A repeated call gets the first one's answer.
 RETRY = """
+local before = redis.call('HGET', KEYS[4], ARGV[1])
+if before then return tonumber(before) end
 local found = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not found then return -1 end
 local fields = {}
 for i = 1, #found[2], 2 do fields[found[2][i]] = found[2][i + 1] end
 if redis.call('HGET', KEYS[2], fields['id']) ~= 'dead' or fields['id'] == '?' then return -2 end
+if ARGV[2] == '0' then return -3 end
 redis.call('XDEL', KEYS[1], ARGV[1])
 redis.call('HDEL', KEYS[2], fields['id'])
 redis.call('RPUSH', KEYS[3], fields['index'])
+redis.call('HSET', KEYS[4], ARGV[1], fields['index'])
 return tonumber(fields['index'])
 """
 CLAIM_LINEAGE = """

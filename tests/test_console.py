@@ -22,8 +22,13 @@ from services import pause
 from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.clients import RewardClient
+<<<<<<< HEAD
 from services.commands import Obeyed, Stop, parse
 from services.console import curves, history, live, pages, preview, samples
+=======
+from services.commands import Stop, parse
+from services.console import history, live, samples
+>>>>>>> fix-run
 from services.console import overview as overview_module
 from services.console import source as source_module
 from services.console.app import create
@@ -662,10 +667,15 @@ def test_pause_resume_and_stop_are_written_for_those_who_obey(run):
         client.post("/v1/run/resume")
         found = asyncio.run(read())
         assert not found.paused and found.excuses(60) and not found.excuses(0)
-        assert client.post("/v1/run/stop").status_code == client.post("/v1/run/stop").status_code == 202
+        for said in ({}, {"state": "stopped", "lineage": 0}, {"state": "done", "lineage": 0}):
+            run.status(trainer=said)
+            assert client.post("/v1/run/stop").status_code == 409
+        for lineage in (1, 2):  # stopped, and resumed at the same step
+            run.status(trainer={"state": "waiting", "lineage": lineage, "step": 3})
+            assert client.post("/v1/run/stop").status_code == client.post("/v1/run/stop").status_code == 202
     orders = [parse(body) for body in run.redis.lrange(run.keys.commands, 0, -1)]
-    assert len(orders) == 1 and isinstance(orders[0], Stop) and orders[0].reason == "from the console"
-    assert Obeyed(step=1, lineage=0, effect="stop")
+    assert len(orders) == 2 and all(isinstance(order, Stop) for order in orders)
+    assert {order.reason for order in orders} == {"from the console"}
 
 
 def test_a_dead_letter_is_made_again_once(run):
@@ -676,7 +686,11 @@ def test_a_dead_letter_is_made_again_once(run):
         page = client.get("/console/dead").text
         assert "422 Too long" in page and f"/v1/run/dead/{entries[0]}/retry" in page
         assert client.post(f"/v1/run/dead/{entries[0]}/retry").json() == {"index": 7}
-        assert client.post(f"/v1/run/dead/{entries[0]}/retry").status_code == 404
+        for service, said in [("trainer", {"state": "done"}), ("orchestrator", {"groups_left": 0})]:
+            run.status(**{"trainer": {}, service: said})
+            assert client.post(f"/v1/run/dead/{entries[0]}/retry").json() == {"index": 7}, "the first answer was lost"
+            refused = client.post(f"/v1/run/dead/{entries[1]}/retry")
+            assert refused.status_code == 409 and "takes no more groups" in refused.text
         assert client.post(f"/v1/run/dead/{entries[2]}/retry").status_code == 409
         for nonsense in ("x", "1-x", "9" * 40):
             assert client.post(f"/v1/run/dead/{nonsense}/retry").status_code == 404

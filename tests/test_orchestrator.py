@@ -1080,6 +1080,7 @@ async def test_a_retry_that_a_restart_finds_unmade_waits_for_room(make_recipe, c
         assert len(rollouts.made) == made, "the trainer can take no more"
         await trainer.train(STEPS - 2)
         assert await over(task) == 0
+    assert status_of(trainer)["groups_left"] == 0
     assert sorted(trainer.indices) == list(range(STEPS * PER_STEP)), "nothing more, nothing less"
     assert max(trainer.staleness) == 0
 

@@ -6,6 +6,7 @@ All of it needs the admin token, in a header that no other site's page can make 
 import logging
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Depends, Request, Response
 
 from services import commands, pause
@@ -42,6 +43,11 @@ def router(desk: Desk) -> APIRouter:
         except DeadlineExceeded as error:
             raise Problem(503, "The run cannot be reached", str(error), retry_after=2) from error
 
+    async def status(service: str) -> dict[str, Any]:
+        """What a service last said of itself; empty when it never did."""
+        body = await obey("read its state", lambda: desk.redis.hget(desk.queue.keys.status, service))
+        return orjson.loads(body) if body else {}
+
     @routes.post("/pause", status_code=204)
     async def pause_run() -> Response:
         """Admit no new groups. Those on their way are finished and trained."""
@@ -59,10 +65,12 @@ def router(desk: Desk) -> APIRouter:
     @routes.post("/stop", status_code=202)
     async def stop_run() -> dict[str, str]:
         """End the run after the step under way, with a checkpoint to resume from."""
-        now = await look(desk)
-        if now.trouble:
-            raise Problem(503, "The run cannot be reached", now.trouble, retry_after=2)
-        order = Stop(id=f"console-stop-{now.version}-{now.step}", reason=FROM_HERE)
+        trainer = await status("trainer")
+        if trainer.get("state") not in ("waiting", "training"):
+            said = trainer.get("state", "none began yet")
+            raise Problem(409, "Nothing to stop", f"no trainer of run {run_id} waits or trains ({said})")
+        # One for each trainer, however often it is asked for: a second one would stop the trainer that resumes the run.
+        order = Stop(id=f"console-stop-{trainer['lineage']}", reason=FROM_HERE)
         await obey("stop", lambda: commands.send(desk.redis, run_id, order))
         log.warning("run %s is told to stop %s", run_id, FROM_HERE)
         return {"order": order.id}
@@ -81,7 +89,9 @@ def router(desk: Desk) -> APIRouter:
         try:
             if not ENTRY.fullmatch(entry_id):
                 raise KeyError(entry_id)
-            return {"index": await desk.queue.retry(entry_id)}
+            is_done = (await status("trainer")).get("state") == "done"
+            room = not is_done and (await status("orchestrator")).get("groups_left", 1) > 0
+            return {"index": await desk.queue.retry(entry_id, room)}
         except DeadlineExceeded as error:
             raise Problem(503, "The run cannot be reached", str(error), retry_after=2) from error
         except KeyError as error:

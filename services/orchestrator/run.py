@@ -235,6 +235,7 @@ class Loop:
             task = asyncio.create_task(finish(chunk, desk))
             task.add_done_callback(lambda _: self.wake.set())
             self.running[task] = chunk
+        desk.watch.extra["groups_left"] = self._groups_left()
         desk.tally.state = "running" if desk.watch.version is not None else "waiting for the trainer's first weights"
 
     def _retried_chunk(self) -> Chunk | None:
@@ -249,6 +250,11 @@ class Loop:
         self.again += 1
         log.info("the group of index %d, which was given up, is made again", waiting[0])
         return Chunk([waiting[0]], floor=watch.version.version)
+
+    def _groups_left(self) -> int:
+        """How many more groups the run takes until its end, besides those that are to be made again."""
+        watch, pace = self.desk.watch, self.desk.pace
+        return pace.capacity(pace.steps, None, watch.dead_below(self.cursor)) - self.cursor - len(watch.again)
 
     def _has_room(self, version: int) -> bool:
         """Whether one more group may be admitted."""
