@@ -22,7 +22,7 @@ from services import pause
 from services.access import HttpSettings
 from services.api import CompletionText, RewardGroup
 from services.clients import RewardClient
-from services.commands import Obeyed, Stop, parse
+from services.commands import Stop, parse
 from services.console import curves, history, live, pages, preview, samples
 from services.console import overview as overview_module
 from services.console import source as source_module
