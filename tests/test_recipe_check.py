@@ -185,6 +185,8 @@ def test_rows_are_counted_where_they_are(monkeypatch, capsys, tmp_path):
         assert found["rows"] == rows and "a step has tasks more than once" in found["doubts"][0]
     limited = check(monkeypatch, capsys, gsm8k, f"data.path={tmp_path}/a.parquet", "data.limit=1")
     assert limited["rows"] == 1
+    told = check(monkeypatch, capsys, gsm8k, "data.path=somebody/else", "--rows", "50")
+    assert told["rows"] == 50 and "the data has 50 rows" in told["doubts"][0]
 
 
 @pytest.mark.parametrize(

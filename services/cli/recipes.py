@@ -63,12 +63,12 @@ def load_arm(recipe_path: Path, overrides: list[str] | None, control: str | None
         raise RecipeError(f"rewards: {error}") from error
 
 
-def doubts(chosen: Recipe) -> list[str]:
-    """What can run, and is hardly meant: a line for each."""
+def doubts(chosen: Recipe, given_rows: int | None = None) -> list[str]:
+    """What can run, and is hardly meant: a line for each. `given_rows`: the data's, as the caller knows them."""
     from reward_server.specs import named_spec
 
     spec = chosen.spec or named_spec(str(chosen.rewards))
-    rows, each = epoch.rows_of(chosen.data), chosen.trainer.groups_per_step
+    rows, each = given_rows or epoch.rows_of(chosen.data), chosen.trainer.groups_per_step
     repeated = ""
     if rows is not None and rows < each:
         repeated = f"trainer.groups_per_step: {each}, but the data has {rows} rows: a step has tasks more than once"
@@ -142,7 +142,7 @@ def check(
     if data.suffix in (".jsonl", ".json", ".parquet") and not data.exists():
         raise RecipeError(f"data.path: no file {data}")
     epoch.check_completions(chosen, completions)
-    found, doubtful = facts(chosen), doubts(chosen)
+    found, doubtful = facts(chosen), doubts(chosen, rows)
     if rows := rows or epoch.rows_of(chosen.data):
         found |= epoch.facts(chosen, rows)
     if gpu_gib is not None:
