@@ -8,6 +8,7 @@ from services.contract import (
     LOWEST_TEMPERATURE,
     Completion,
     FinishReason,
+    Group,
     GroupScores,
     Items,
     Message,
@@ -50,6 +51,17 @@ class RolloutGroup(Wire):
     group_id: str
     prompt_token_ids: TokenIds
     completions: Items[Completion]
+
+    def of(self, task: Task, sampling: Sampling, index: int = 0) -> Group:
+        """With what was asked, which the answer does not repeat."""
+        return Group(
+            group_id=self.group_id,
+            index=index,
+            task=task,
+            prompt_token_ids=self.prompt_token_ids,
+            completions=self.completions,
+            sampling=sampling,
+        )
 
 
 class RolloutsResponse(Wire):

@@ -167,14 +167,7 @@ async def _generate(desk: Desk, indices: list[int], least: Version) -> list[Grou
         async def call(client: RolloutClient) -> list[Group]:
             response = await client.rollouts(requests, deadline)
             made = [
-                Group(
-                    group_id=group.group_id,
-                    index=place[group.group_id],
-                    task=desk.source.task(place[group.group_id]),
-                    prompt_token_ids=group.prompt_token_ids,
-                    completions=group.completions,
-                    sampling=request.sampling,
-                )
+                group.of(desk.source.task(place[group.group_id]), request.sampling, index=place[group.group_id])
                 for request, group in zip(requests, response.groups, strict=True)
             ]
             oldest = min(made_by(group) for group in made)

@@ -133,13 +133,7 @@ class Evaluator:
         async def ask(client: RolloutClient) -> list[Group]:
             response = await client.rollouts(requests, recipe.rollout.deadline_seconds)
             return [
-                Group(
-                    group_id=group.group_id,
-                    task=task,
-                    prompt_token_ids=group.prompt_token_ids,
-                    completions=group.completions,
-                    sampling=request.sampling,
-                )
+                group.of(task, request.sampling)
                 for task, request, group in zip(tasks, requests, response.groups, strict=True)
             ]
 
