@@ -62,8 +62,8 @@ class Recipe(Section):
     def parts_agree(self) -> Self:
         if self.combine is not None and isinstance(self.rewards, str):
             raise ValueError(
-                f"combine: the spec {self.rewards!r} brings its own; set combine=null, or list the rewards to combine them "
-                "anew"
+                f"combine: the spec {self.rewards!r} brings its own; set combine=null, or list the rewards to "
+                "combine them anew"
             )
         if isinstance(self.rewards, list) and not any(
             term.weight and (term.sources is None or self.data.names_sources or self.data.source in term.sources)
