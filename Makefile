@@ -86,7 +86,7 @@ format: $(VENV)/.setup ## Format the code.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(VENV)/.setup ## Train the demo model (REWARD=self_certainty|verifiable|both|random|plurality|intuitor_then_grpo SEED=0).
+demo: $(VENV)/.setup ## Train the demo model (REWARD=self_certainty|verifiable|both|random|format|plurality|intuitor_then_grpo SEED=0).
 	$(BIN)/rlif demo --reward $(REWARD) --seed $(SEED)
 
 demo-all: $(VENV)/.setup ## Four arms over three seeds, and the table.

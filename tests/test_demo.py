@@ -449,6 +449,7 @@ def test_arms_train_on_their_own_rewards_and_measure_the_same():
         "verifiable": {"self_certainty": 0, "exact_match": 1},
         "both": {"self_certainty": 1, "exact_match": 1},
         "random": {"self_certainty": 0, "exact_match": 0, "random": 1},
+        "format": {"self_certainty": 0, "exact_match": 0, "format": 1},
         "plurality": {"self_certainty": 0, "exact_match": 0, "majority_vote": 1},
         "intuitor_then_grpo": {"self_certainty": 1, "exact_match": 1},
     }

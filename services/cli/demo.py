@@ -157,7 +157,7 @@ def run_demo(
 
 
 def demo(
-    reward: Annotated[str, typer.Option(help=f"{', '.join(ARMS)} (random is the control).")] = ARMS[0],
+    reward: Annotated[str, typer.Option(help=f"{', '.join(ARMS)} (random and format are controls).")] = ARMS[0],
     seed: Annotated[int, typer.Option(help="Decides base model, order, sampling.", min=0)] = 0,
     folder: Where = Path("runs/demo"),
     steps: Steps = None,

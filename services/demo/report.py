@@ -23,6 +23,7 @@ GIVEN = {
     "verifiable": "Rewarded for right answers,",
     "both": "Rewarded for self-certainty and for right answers,",
     "random": "With a random reward (the control),",
+    "format": "Rewarded for the form of an answer, right or wrong (a control),",
     "plurality": "Rewarded for the answer that most of a group give, with no answers given,",
     "intuitor_then_grpo": "Rewarded for self-certainty in the first half and for right answers in the second,",
 }
