@@ -72,6 +72,16 @@ class Browser:
     def run(self, script, *arguments):
         return self.driver.execute_script(script, *arguments)
 
+    def tip(self, token, beside):
+        """What a token says of itself under the pointer, which comes from `beside`: again while the page moves."""
+
+        def point(driver):
+            webdriver.ActionChains(driver).move_to_element(beside).move_to_element(token).perform()
+            tip = self.one("#tip")
+            return tip if tip.is_displayed() else None
+
+        return WebDriverWait(self.driver, 30).until(point)
+
     def focus(self):
         return self.run("const e = document.activeElement; return e.id || e.value || e.textContent.trim()")
 

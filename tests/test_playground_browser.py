@@ -2,7 +2,7 @@
 
 import httpx
 import pytest
-from browser import browsing, needs_browser, webdriver
+from browser import browsing, needs_browser
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from served import served
@@ -53,10 +53,9 @@ def test_click_type_and_read(browser, url):
     assert browser.all("#tokens-1 .token")[4].text.startswith("↵")
     assert number(first["scores"]["self_certainty"]) in browser.one("#results table").text
     for metric, selector in [("self_certainty", "Self-certainty"), ("token_entropy", "Entropy")]:
-        token = browser.all("#tokens-2 .token")[1]
-        webdriver.ActionChains(browser.driver).move_to_element(token).perform()
-        assert browser.one("#tip").is_displayed() and browser.one("#tip").text.startswith("2: “b”")
-        assert f"{selector} {number(second['per_token'][metric][1])}" in browser.one("#tip").text
+        beside, token = browser.all("#tokens-2 .token")[:2]
+        tip = browser.tip(token, beside)
+        assert tip.text.startswith("2: “b”") and f"{selector} {number(second['per_token'][metric][1])}" in tip.text
 
     certainties = first["per_token"]["self_certainty"] + second["per_token"]["self_certainty"]
     shades = {}
@@ -134,11 +133,10 @@ def test_looks(browser, url):
         browser.send()
         browser.run("document.querySelectorAll('details').forEach(e => e.open = true)")
         assert browser.fits(), (width, dark)
-        token = browser.all(".token")[40]
+        beside, token = browser.all(".token")[39:41]
         browser.run("arguments[0].scrollIntoView({block: 'center'})", token)
-        webdriver.ActionChains(browser.driver).move_to_element(token).perform()
-        tip = browser.one("#tip")
-        assert tip.is_displayed() and tip.rect["x"] >= 0 and tip.rect["x"] + tip.rect["width"] <= width
+        tip = browser.tip(token, beside)
+        assert tip.rect["x"] >= 0 and tip.rect["x"] + tip.rect["width"] <= width
         grounds[width, dark] = browser.one("body").value_of_css_property("background-color")
     assert grounds[1280, False] == grounds[390, False] != grounds[1280, True] == grounds[390, True]
     assert browser.complaints() == []
