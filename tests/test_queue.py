@@ -21,11 +21,6 @@ async def redis(redis_url):
 
 
 @pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
 def queue(redis, run_id) -> GroupQueue:
     return GroupQueue(redis, run_id, patience_seconds=10)
 
