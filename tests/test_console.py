@@ -315,7 +315,7 @@ def away(tmp_path, monkeypatch):
 
 def test_a_redis_that_is_away_is_said(away):
     with served(create(away, HttpSettings())) as url:
-        for path in ("/", "/console/samples", "/console/dead"):
+        for path in ("/", "/console/samples", "/console/dead", "/console/control"):
             answer = httpx.get(url + path, timeout=30)
             assert answer.status_code == 503 and "redis did not answer" in answer.text
         assert httpx.get(url + "/console/curves", timeout=30).status_code == 503
@@ -665,11 +665,17 @@ def test_pause_resume_and_stop_are_written_for_those_who_obey(run):
         for said in ({}, {"state": "stopped", "lineage": 0}, {"state": "done", "lineage": 0}):
             run.status(trainer=said)
             assert client.post("/v1/run/stop").status_code == 409
+        long_ago = time.time() - 300
+        for orchestrator, said in [({"at": long_ago}, "the orchestrator 5 min 0"), ({"at": time.time()}, None)]:
+            run.status(trainer={"state": "training", "lineage": 0, "at": long_ago}, orchestrator=orchestrator)
+            answer = client.post("/v1/run/stop")
+            assert answer.status_code == (409 if said else 202) and (said or "with a checkpoint") in answer.text
+            assert "the trainer was last heard of 5 min 0" in answer.text
         for lineage in (1, 2):  # stopped, and resumed at the same step
             run.status(trainer={"state": "waiting", "lineage": lineage, "step": 3})
             assert client.post("/v1/run/stop").status_code == client.post("/v1/run/stop").status_code == 202
     orders = [parse(body) for body in run.redis.lrange(run.keys.commands, 0, -1)]
-    assert len(orders) == 2 and all(isinstance(order, Stop) for order in orders)
+    assert len(orders) == 3 and all(isinstance(order, Stop) for order in orders)
     assert {order.reason for order in orders} == {"from the console"}
 
 
@@ -681,17 +687,23 @@ def test_a_dead_letter_is_made_again_once(run):
         page = client.get("/console/dead").text
         assert "422 Too long" in page and f"/v1/run/dead/{entries[0]}/retry" in page
         assert client.post(f"/v1/run/dead/{entries[0]}/retry").json() == {"index": 7}
-        for service, said in [("trainer", {"state": "done"}), ("orchestrator", {"groups_left": 0})]:
-            run.status(**{"trainer": {}, service: said})
-            assert client.post(f"/v1/run/dead/{entries[0]}/retry").json() == {"index": 7}, "the first answer was lost"
-            refused = client.post(f"/v1/run/dead/{entries[1]}/retry")
-            assert refused.status_code == 409 and "takes no more groups" in refused.text
+        run.redis.set(run.keys.room, 0)
+        assert client.post(f"/v1/run/dead/{entries[0]}/retry").json() == {"index": 7}, "the first answer was lost"
+        refused = client.post(f"/v1/run/dead/{entries[1]}/retry")
+        assert refused.status_code == 409 and "takes no more groups" in refused.text
         assert client.post(f"/v1/run/dead/{entries[2]}/retry").status_code == 409
         for nonsense in ("x", "1-x", "9" * 40):
             assert client.post(f"/v1/run/dead/{nonsense}/retry").status_code == 404
         assert "422 Too long" not in client.get("/console/dead").text
     assert run.redis.lrange(run.keys.retried, 0, -1) == [b"7"]
     assert run.redis.hkeys(run.keys.pushed) == [b"group-8"]
+
+
+def test_a_spec_of_no_name_is_not_asked_for(run):
+    run.status(orchestrator={"state": "starting"})
+    with console(run, "http://127.0.0.1:9") as client:
+        page = client.get("/console/control")
+    assert page.status_code == 200 and "its orchestrator has not reported yet" in page.text
 
 
 def test_a_spec_is_previewed_and_applied(run, reward_url):

@@ -1027,6 +1027,32 @@ async def test_a_dead_group_is_made_again_on_demand(make_recipe, clean, rollouts
     assert max(trainer.staleness) == 0 and not await trainer.queue.dead()
 
 
+async def test_a_retry_takes_the_last_room_or_is_refused(make_recipe, clean, rollouts, reward_server):
+    """Asked for while the orchestrator, which looks seldom, is about to give the room to others."""
+    chosen = make_recipe(data__shuffle=False, weights__poll_seconds=SECONDS, pacing__max_requests_in_flight=1)
+    rollouts.refuse = {"say 5", "say 6"}
+    trainer = Trainer(clean.url, chosen.run.name, rollouts)
+    async with running(chosen, clean, rollouts.url, reward_server) as task:
+        await trainer.start()
+        await trainer.train(2)
+        await until(lambda: len(rollouts.made) == 4 * PER_STEP, "what version 2 allows is made")
+        first, second = await trainer.queue.dead()
+        rollouts.refuse = set()
+        rollouts.gate.clear()
+        await trainer.train()
+        await until(lambda: rollouts.running == 1, "a part of the last groups is at the server")
+        assert trainer.redis.get(Keys(trainer.run).room) == b"2"
+        assert await trainer.queue.retry(first.entry_id) == 5
+        rollouts.gate.set()
+        await until(lambda: trainer.redis.get(Keys(trainer.run).room) == b"0", "the last index is passed")
+        with pytest.raises(ValueError, match="takes no more groups"):
+            await trainer.queue.retry(second.entry_id)
+        await trainer.train(STEPS - 3)
+        assert await over(task) == 0
+    assert sorted(trainer.indices) == [*range(6), *range(7, STEPS * PER_STEP + 1)]
+    assert [dead.index for dead in await trainer.queue.dead()] == [6] and max(trainer.staleness) <= 1
+
+
 async def test_an_order_to_stop_ends_the_orchestrator_of_any_recipe(make_recipe, clean, rollouts, reward_server):
     chosen = make_recipe(run__name="stopped")
     assert not chosen.has_orders
@@ -1080,7 +1106,7 @@ async def test_a_retry_that_a_restart_finds_unmade_waits_for_room(make_recipe, c
         assert len(rollouts.made) == made, "the trainer can take no more"
         await trainer.train(STEPS - 2)
         assert await over(task) == 0
-    assert status_of(trainer)["groups_left"] == 0
+    assert trainer.redis.get(Keys(trainer.run).room) == b"0"
     assert sorted(trainer.indices) == list(range(STEPS * PER_STEP)), "nothing more, nothing less"
     assert max(trainer.staleness) == 0
 

@@ -130,9 +130,10 @@ def _add_pages(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
         if session.refusal(request, settings):
             return await session.ask(TEMPLATES)
         now = await look(desk)
+        if now.trouble:
+            return await show(request, "away.html", reason=now.trouble, status=503)
         text, note = await _spec_text(desk, now)
-        asks = settings.admin_token is not None
-        return await show(request, "control.html", now=now, spec_text=text, note=note, asks=asks)
+        return await show(request, "control.html", now=now, spec_text=text, note=note)
 
     @routes.post("/console/session", include_in_schema=False)
     async def sign_in_or_out(request: Request) -> Response:
@@ -147,6 +148,8 @@ async def _spec_text(desk: Desk, now: Overview) -> tuple[str, str]:
     """The run's spec as JSON, and why there is none."""
     if not desk.rewards:
         return "", "No reward server is known here: give its address with --reward."
+    if not now.spec:
+        return "", "What the run's spec is called is not known: its orchestrator has not reported yet."
     try:
         entry = await desk.rewards[0].get_spec(now.spec, deadline_seconds=5)
     except CallError as error:
