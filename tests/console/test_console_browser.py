@@ -21,7 +21,7 @@ from services.redis import connect_sync
 
 pytestmark = [pytest.mark.slow, needs_browser, pytest.mark.timeout(400)]
 
-AXE = (Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js").read_text()
+AXE = (Path(__file__).parent.parent / "vendor" / "axe-core" / "axe.min.js").read_text()
 ADMIN = "admin-of-the-test"
 SECONDS = 60.0
 SERIOUS = "return axe.run().then(found => found.violations.filter(one => ['serious', 'critical'].includes(one.impact)))"
