@@ -231,6 +231,7 @@ def test_stop_ends_the_run_with_a_checkpoint_and_a_report_can_be_mailed(browser,
     browser.type("#admin-token", ADMIN)
     browser.run("window.confirm = () => true")
     browser.one("[data-post='/v1/run/stop']").click()
+    until(browser, lambda: "the trainer was last heard of" in browser.one("#outcome").text, "what is known is said")
     assert run.finish(SECONDS) == 1, run.screen()
     assert "stopped from the console" in run.log.read_text()
     last = run.last_step()

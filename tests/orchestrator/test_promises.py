@@ -107,7 +107,7 @@ class Story:
 @example(UNSEEN, 1, 3)
 @example(BEHIND, 1, 3)
 @example(AHEAD, 1, 1)
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_what_was_promised_is_made_and_every_step_has_its_groups(redis_server, story, staleness, size):
     async def tell() -> None:
         one = Story(redis_server.url, staleness, size)
