@@ -99,6 +99,12 @@ class ServerFault(CallError):
     """The server failed (5xx) or answered something that is not its answer to this request."""
 
 
+def _insist(url: str, what: str, asked: list[tuple[str, int]], given: list[tuple[str, int]]) -> None:
+    """Groups by id and size, in their order. Raises ServerFault when the answer is for others than were asked for."""
+    if given != asked:
+        raise ServerFault(url, f"asked for {what} {asked}, got {given}"[:600], "answer")
+
+
 def pause_before(attempt: int, retry_after: float | None = None) -> float:
     """Seconds to wait before attempt number `attempt` (1: the first retry): doubling, jittered by +-50 %, capped.
 
@@ -305,8 +311,7 @@ class RolloutClient(ServiceClient):
         response = await self.call("POST", "/v1/rollouts", RolloutsResponse, body, deadline_seconds)
         asked = [(request.group_id, request.n) for request in requests]
         given = [(group.group_id, len(group.completions)) for group in response.groups]
-        if given != asked:
-            raise ServerFault(self.url, f"asked for groups {asked}, got {given}"[:600], "answer")
+        _insist(self.url, "groups", asked, given)
         return response
 
 
@@ -321,8 +326,7 @@ class RewardClient(ServiceClient):
         response = await self.call("POST", "/v1/rewards", RewardsResponse, body, deadline_seconds)
         asked = [(group.group_id, len(group.completions)) for group in groups]
         given = [(group.group_id, len(group.scores)) for group in response.groups]
-        if given != asked:
-            raise ServerFault(self.url, f"asked for scores of {asked}, got {given}"[:600], "answer")
+        _insist(self.url, "scores of", asked, given)
         return response
 
     async def score(
@@ -368,8 +372,7 @@ class RewardClient(ServiceClient):
         response = await self.call("POST", "/v1/specs/preview", PreviewResponse, body, deadline_seconds)
         asked = [(group.group_id, group.size) for group in groups]
         given = [(group.group_id, len(group.scores)) for group in response.groups]
-        if given != asked:
-            raise ServerFault(self.url, f"asked for scores of {asked}, got {given}"[:600], "answer")
+        _insist(self.url, "scores of", asked, given)
         return response
 
     async def delete_spec(self, name: str, deadline_seconds: float | None = None) -> None:

@@ -113,8 +113,11 @@ def _noting_refusal(lifespan: Callable) -> Callable:
     return noted
 
 
-def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
-    """Serve until SIGTERM or SIGINT, then finish running requests for at most `drain_seconds`.
+def serve(
+    app: FastAPI, host: str, port: int, drain_seconds: int = 30, listening: Callable[[int], None] | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish running requests for at most `drain_seconds`. `listening` is called
+    once with the port (`port`, or the one that was free).
 
     Raises StartupError when the port is busy or the app's start-up failed, and SystemExit (1) DEATH_SECONDS after what
     the service stands on has died: only another process can serve again.
@@ -143,6 +146,8 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: int = 30) -> None:
     )
     server = uvicorn.Server(config)
     log.info("listening on http://%s:%d", host, bound.getsockname()[1])
+    if listening is not None:
+        listening(bound.getsockname()[1])
     logging.getLogger("uvicorn.error").addFilter(lambda _: not hasattr(app.state, "refusal"))
     with bound:
         try:

@@ -14,7 +14,7 @@ class Keys:
     `commands` list of orders to the trainer, `command_ids` the set of their ids, `commands_obeyed` hash id -> JSON;
     `evaluations` hash version -> JSON; `verdicts` hash id -> JSON of the guard's alarms; `pause` JSON; `samples`
     stream of the last scored groups; `retried` list of indices of dead groups to make again, `retried_letters`
-    hash entry id -> index."""
+    hash entry id -> index; `room` int, how many more may be asked for."""
 
     run_id: str
 
@@ -124,3 +124,7 @@ class Keys:
     @property
     def retried_letters(self) -> str:
         return self._key("retried_letters")
+
+    @property
+    def room(self) -> str:
+        return self._key("room")

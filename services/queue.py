@@ -269,13 +269,13 @@ class GroupQueue:
             for entry_id, fields in found
         ]
 
-    async def retry(self, entry_id: str, room: bool = True) -> int:
+    async def retry(self, entry_id: str) -> int:
         """Take a group out of the dead-letter stream and have the orchestrator make it again, by the newest weights.
-        Returns its index, also when that was asked before. `room`: whether the run takes any more groups. Raises
-        KeyError (no such entry) and ValueError (no room, or nobody knows which group it was)."""
-        keys = [self.keys.dead, self.keys.pushed, self.keys.retried, self.keys.retried_letters]
+        Returns its index, also when that was asked before. Raises KeyError (no such entry) and ValueError (the run
+        takes no more groups, or nobody knows which group it was)."""
+        keys = [self.keys.dead, self.keys.pushed, self.keys.retried, self.keys.retried_letters, self.keys.room]
         what = f"retry the dead group {entry_id}"
-        index = int(await self._run(scripts.RETRY, keys, [entry_id, int(room)], what))
+        index = int(await self._run(scripts.RETRY, keys, [entry_id], what))
         if index == -1:
             raise KeyError(entry_id)
         if index == -3:
@@ -283,6 +283,12 @@ class GroupQueue:
         if index < 0:
             raise ValueError(f"entry {entry_id} is too damaged to say which group it was")
         return index
+
+    async def offer_room(self, room: int, retried: int) -> bool:
+        """Say how many more dead groups may be asked for, besides the first `retried` ones. False, and nothing is
+        changed, when more than those were asked for meanwhile."""
+        keys = [self.keys.retried, self.keys.room]
+        return bool(await self._run(scripts.OFFER_ROOM, keys, [retried, room], "say how many more groups are taken"))
 
     async def retried(self) -> list[int]:
         """The indices of the groups to be made again, as they were asked for."""

@@ -22,7 +22,8 @@ redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('HSET', KEYS[2], ARGV[1], 'left_out')
 return 1
 """
-# Of a damaged entry nobody knows which group it was. A repeated call gets the first one's answer.
+# Of a damaged entry nobody knows which group it was. A repeated call gets the first one's answer. Before the run's
+# orchestrator has said how many more groups it takes, there is room.
 RETRY = """
 local before = redis.call('HGET', KEYS[4], ARGV[1])
 if before then return tonumber(before) end
@@ -31,12 +32,20 @@ if not found then return -1 end
 local fields = {}
 for i = 1, #found[2], 2 do fields[found[2][i]] = found[2][i + 1] end
 if redis.call('HGET', KEYS[2], fields['id']) ~= 'dead' or fields['id'] == '?' then return -2 end
-if ARGV[2] == '0' then return -3 end
+local room = redis.call('GET', KEYS[5])
+if room and tonumber(room) <= 0 then return -3 end
+if room then redis.call('DECR', KEYS[5]) end
 redis.call('XDEL', KEYS[1], ARGV[1])
 redis.call('HDEL', KEYS[2], fields['id'])
 redis.call('RPUSH', KEYS[3], fields['index'])
 redis.call('HSET', KEYS[4], ARGV[1], fields['index'])
 return tonumber(fields['index'])
+"""
+# Who says so must have counted all that were asked for.
+OFFER_ROOM = """
+if redis.call('LLEN', KEYS[1]) ~= tonumber(ARGV[1]) then return 0 end
+redis.call('SET', KEYS[2], ARGV[2])
+return 1
 """
 CLAIM_LINEAGE = """
 local stored, lineage = redis.call('GET', KEYS[1]), tonumber(ARGV[1])

@@ -12,6 +12,11 @@ import pytest
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
+from selenium.common.exceptions import (  # noqa: E402
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
@@ -60,14 +65,25 @@ class Browser:
 
     def send(self, button="#score"):
         with self.new_page():
-            self.one(button).click()
+            self.click(button)
+
+    def click(self, selector):
+        """Again while the page moves, or the element is replaced."""
+
+        def clicked(_):
+            self.one(selector).click()
+            return True
+
+        moving = (ElementClickInterceptedException, ElementNotInteractableException, StaleElementReferenceException)
+        WebDriverWait(self.driver, 30, ignored_exceptions=moving).until(clicked)
 
     @contextmanager
     def new_page(self):
+        """Until the page that comes is there whole, its scripts done."""
         before = self.one("html")
         yield
         WebDriverWait(self.driver, 30).until(lambda _: self.one("html") != before)
-        WebDriverWait(self.driver, 30).until(lambda _: self.all("main"))
+        WebDriverWait(self.driver, 30).until(lambda _: self.run("return document.readyState") == "complete")
 
     def run(self, script, *arguments):
         return self.driver.execute_script(script, *arguments)

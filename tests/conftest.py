@@ -3,14 +3,16 @@
 import importlib.util
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import redis as redis_py
 from tiny import make_tiny_model
 
-from services.redis import EmbeddedRedis
+from services.redis import EmbeddedRedis, connect_sync
 
 # A busy machine is no finding.
 hypothesis.settings.register_profile("rlif", deadline=None)
@@ -48,3 +50,16 @@ def redis_server(tmp_path_factory) -> Iterator[EmbeddedRedis]:
 @pytest.fixture(scope="session")
 def redis_url(redis_server: EmbeddedRedis) -> str:
     return redis_server.url
+
+
+@pytest.fixture
+def run_id() -> str:
+    """A run that nobody had before."""
+    return uuid.uuid4().hex
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[redis_py.Redis]:
+    """A blocking client; modules of asynchronous code have one of their own."""
+    with connect_sync(redis_url) as client:
+        yield client

@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import uuid
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from services import recipe
 from services.contract import Version
 from services.recipe import RecipeError
 from services.recipe_sections import Lora
-from services.redis import connect_sync
 from services.weights import adapter as adapters
 from services.weights import disk, pointer
 from services.weights.follow import Follower
@@ -98,14 +96,8 @@ def move(policy, seed: int) -> None:
 
 
 @pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def publisher(redis_url, run_id, tmp_path):
-    with connect_sync(redis_url) as redis:
-        yield Publisher(redis, run_id, tmp_path / "weights", keep=2, snapshot_every=5, mirror_dir=tmp_path / "mirrors")
+def publisher(redis, run_id, tmp_path) -> Publisher:
+    return Publisher(redis, run_id, tmp_path / "weights", keep=2, snapshot_every=5, mirror_dir=tmp_path / "mirrors")
 
 
 def publish(publisher, policy, model, version: Version):

@@ -3,7 +3,6 @@
 import asyncio
 import fcntl
 import os
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 from test_weights import Server, flip, metric, remove, same, some_tensors, truncate, until
 
 from services.contract import Version
-from services.redis import connect_sync
 from services.weights import delta, disk, pointer
 from services.weights.disk import DamagedWeights
 from services.weights.follow import Follower
@@ -155,14 +153,8 @@ def test_an_index_that_is_not_of_these_changes_is_refused(tmp_path, change):
 
 
 @pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def publisher(redis_url, run_id, tmp_path):
-    with connect_sync(redis_url) as redis:
-        yield Publisher(redis, run_id, tmp_path / "weights", keep=2, snapshot_every=4, mirror_dir=tmp_path / "mirrors")
+def publisher(redis, run_id, tmp_path) -> Publisher:
+    return Publisher(redis, run_id, tmp_path / "weights", keep=2, snapshot_every=4, mirror_dir=tmp_path / "mirrors")
 
 
 def steps(count: int) -> list[dict[str, torch.Tensor]]:

@@ -23,7 +23,7 @@ from reward_server.spec_store import MemoryStore
 from services.access import HttpSettings
 from services.api import ScoreResult
 from services.pages import session
-from services.pages.shading import SHADINGS, STEPS, bytes_of, number, parts, scale
+from services.pages.shading import NOTHING, SHADINGS, STEPS, bytes_of, number, parts, scale, tokens
 from services.spec import RewardSpec
 
 CSS = Path("services/pages/static/page.css")
@@ -360,12 +360,12 @@ def test_requests_that_no_page_of_ours_sends(rules):
 
 def test_a_deadline_holds(scorer, monkeypatch):
     def slow(*_):
-        time.sleep(2.5)
+        time.sleep(4.5)
         raise RuntimeError
 
     monkeypatch.setattr(TransformersScorer, "score", slow)
     data = {"kind": "text", "prompt": "a", "completion": ["b"], "spec": "self_certainty"}
-    answer = scorer.post("/", data=data, headers={"X-Deadline-Seconds": "2"})
+    answer = scorer.post("/", data=data, headers={"X-Deadline-Seconds": "4"})  # a tenth of it is for the page
     assert answer.status_code == 504 and "The scorer did not answer in time" in answer.text
 
 
@@ -441,6 +441,13 @@ def test_the_letters_of_byte_level_vocabularies_are_read_back(text):
 
 def test_other_spellings_of_bytes():
     assert bytes_of("<0xE2>") == b"\xe2" and bytes_of("<0xZZ>") is None and bytes_of("▁word") is None
+
+
+def test_a_token_without_text_can_be_seen():
+    values = {name: [1.0] for name in SHADINGS}
+    result = ScoreResult(n_tokens=1, scores={}, per_token=values, tokens=[""])
+    (token,) = tokens(result, [""], frozenset(), [scale(one, [result]) for one in SHADINGS.values()])
+    assert [part.text for part in token.parts] == [NOTHING] and token.title.startswith("1: no text\n")
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

@@ -71,8 +71,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
 
 
 def alive(folder: Path) -> list[int]:
-    pids = [int(path.read_text()) for path in folder.iterdir()]
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    found = []
+    for path in folder.iterdir():
+        with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+            pid = int(path.read_text())
+            found += [pid] if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else []
+    return found
 
 
 def test_all_ranks_know_their_place(launchers):

@@ -154,7 +154,7 @@ def test_a_version_nobody_publishes_is_a_503_that_says_so(url):
     body = {"requests": [ask(wanted=Version(version=3)).model_dump(mode="json")]}
     started = time.monotonic()
     answer = post(url, "/v1/rollouts", body, headers={"X-Deadline-Seconds": "0.5"})
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert answer.status_code == 503 and int(answer.headers["Retry-After"]) >= 1
     assert "serves version 0.0, version 0.3 was asked for" in answer.json()["detail"]
 

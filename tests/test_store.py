@@ -3,7 +3,6 @@ when it is away, and deleted in their turn."""
 
 import asyncio
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from test_weights import Server, flip, metric, remove, same, some_tensors, trunc
 from services.contract import Version
 from services.recipe import RecipeError
 from services.recipe_sections import Weights
-from services.redis import DeadlineExceeded, connect_sync
+from services.redis import DeadlineExceeded
 from services.startup import StartupError
 from services.weights import delta, pointer, store
 from services.weights.disk import DamagedWeights
@@ -51,17 +50,6 @@ def running(objects):
     yield objects
     if objects.process.poll() is not None:
         objects.start()
-
-
-@pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def redis(redis_url):
-    with connect_sync(redis_url) as client:
-        yield client
 
 
 @pytest.fixture

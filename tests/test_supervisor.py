@@ -22,7 +22,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-S", "-c", code]
 
 
-def wait_for(condition, seconds: float = 10.0):
+def wait_for(condition, seconds: float = 30.0):
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends, "waited too long"
@@ -104,8 +104,8 @@ import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from services.supervisor import Service, supervise
 note = "import signal, sys, time, subprocess; child = subprocess.Popen(['sleep', '60'])\\n" \
-       "open(sys.argv[2], 'a').write(str(child.pid) + ' ')\\n" \
        "signal.signal(15, lambda *a: (open(sys.argv[1], 'a').write(sys.argv[3]), sys.exit(0)))\\n" \
+       "open(sys.argv[2], 'a').write(str(child.pid) + ' ')\\n" \
        "time.sleep(60)"
 names = ["a", "b", "c"]
 argv = [sys.executable, "-S", "-c", note, {str(tmp_path / "order")!r}, {str(tmp_path / "pids")!r}]
@@ -115,7 +115,6 @@ sys.exit(supervise([Service(n, [*argv, n]) for n in names], "a", Path({str(tmp_p
     pids = tmp_path / "pids"
     try:
         wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 3)
-        time.sleep(0.2)
         parent.send_signal(signal.SIGTERM)
         assert parent.wait(20) == 128 + signal.SIGTERM
     finally:

@@ -229,17 +229,6 @@ def test_a_file_outside_the_folder_is_refused(tmp_path):
 
 
 @pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def redis(redis_url):
-    with connect_sync(redis_url) as client:
-        yield client
-
-
-@pytest.fixture
 def publisher(redis, run_id, tmp_path) -> Publisher:
     return Publisher(redis, run_id, tmp_path / "weights", keep=3)
 

@@ -38,7 +38,7 @@ EXAMPLE_SPECS = (DEFAULT, "intuitor_plus_accuracy", "grpo", "exact_match")
 KINDS = ("Of this server", "Presets", "One reward alone")
 """Of specs, in the order in which they are listed."""
 
-TEMPLATES = frame.environment(HERE / "templates")
+TEMPLATES = frame.environment("playground", HERE / "templates")
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,16 @@ def router(
             most_completions=MOST_COMPLETIONS,
         )
 
-    async def refused(status: int, message: str) -> Response:
-        return await _page("signin.html", status, message=message)
-
     @routes.get("/")
     async def first(request: Request) -> Response:
         if session.refusal(request, settings):
-            return await refused(401, "")
+            return await session.ask(TEMPLATES)
         return await show(request, None, {})
 
     @routes.post("/")
     async def sent(request: Request) -> Response:
         if session.refusal(request, settings):
-            return await refused(401, "")
+            return await session.ask(TEMPLATES)
         try:
             session.check_origin(request)
             form, action = read(await frame.form(request, MOST_BYTES))
@@ -125,7 +122,7 @@ def router(
 
     @routes.post("/playground/session")
     async def sign_in_or_out(request: Request) -> Response:
-        return await session.sign_in_or_out(request, settings, "/", refused)
+        return await session.sign_in_or_out(request, settings, TEMPLATES)
 
     @routes.get("/playground/{name}")
     async def asset(name: str) -> Response:

@@ -6,6 +6,7 @@ configured for (3 s of `run_timeout` unless raised). Newer servers name a stage'
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import httpx
@@ -20,8 +21,7 @@ from reward_server.sandbox.provider import (
     Program,
     Reader,
     Sandbox,
-    admitted,
-    in_turn,
+    one_by_one,
 )
 from reward_server.sandbox.wire import Fault, client, clipped, exchange
 from services.startup import StartupError
@@ -72,13 +72,10 @@ class Piston(Sandbox):
             detail = f"the Piston server has no {program.language}"
             return [CaseResult(status="error", detail=detail)] * len(cases)
 
-        async def one(case: Case) -> CaseResult:
-            async with self.places.free:
-                return await self._case(program, case, limits, deadline)
+        one = partial(self._case, program, limits, deadline)
+        return await one_by_one(self.places, cases, limits, deadline, one, read)
 
-        return await admitted(self.places, cases, deadline, lambda: in_turn(cases, limits, deadline, one, read))
-
-    async def _case(self, program: Program, case: Case, limits: Limits, deadline: float) -> CaseResult:
+    async def _case(self, program: Program, limits: Limits, deadline: float, case: Case) -> CaseResult:
         assert self._http is not None
         language, file = NAMES[program.language]
         body = {

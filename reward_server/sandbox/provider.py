@@ -146,6 +146,23 @@ async def admitted(
     return [fault] * len(cases)
 
 
+async def one_by_one(
+    places: Places,
+    cases: list[Case],
+    limits: Limits,
+    deadline: float,
+    run_one: Callable[[Case], Awaitable[CaseResult]],
+    read: Reader | None = None,
+) -> list[CaseResult]:
+    """A program whose cases are runs of their own: it is admitted, and each of them waits for a place."""
+
+    async def placed(case: Case) -> CaseResult:
+        async with places.free:
+            return await run_one(case)
+
+    return await admitted(places, cases, deadline, lambda: in_turn(cases, limits, deadline, placed, read))
+
+
 async def in_turn(
     cases: list[Case],
     limits: Limits,

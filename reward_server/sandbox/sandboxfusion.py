@@ -5,12 +5,13 @@ It compiles C++ anew for every case, and counts wall time alone: `limits.wall_se
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import httpx
 
 from reward_server.sandbox.health import Health
-from reward_server.sandbox.provider import Case, CaseResult, Limits, Places, Program, Reader, Sandbox, admitted, in_turn
+from reward_server.sandbox.provider import Case, CaseResult, Limits, Places, Program, Reader, Sandbox, one_by_one
 from reward_server.sandbox.wire import Fault, client, clipped, exchange
 
 ACCEPTED = ("Success", "Failed")
@@ -42,13 +43,10 @@ class SandboxFusion(Sandbox):
     async def run(
         self, program: Program, cases: list[Case], limits: Limits, deadline: float, read: Reader | None = None
     ) -> list[CaseResult]:
-        async def one(case: Case) -> CaseResult:
-            async with self.places.free:
-                return await self._case(program, case, limits, deadline)
+        one = partial(self._case, program, limits, deadline)
+        return await one_by_one(self.places, cases, limits, deadline, one, read)
 
-        return await admitted(self.places, cases, deadline, lambda: in_turn(cases, limits, deadline, one, read))
-
-    async def _case(self, program: Program, case: Case, limits: Limits, deadline: float) -> CaseResult:
+    async def _case(self, program: Program, limits: Limits, deadline: float, case: Case) -> CaseResult:
         assert self._http is not None
         body = {
             "code": program.source,

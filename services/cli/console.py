@@ -43,7 +43,27 @@ def console(
     from services.http import serve
 
     settings = settings_from_environment(host)
-    serve(create(Source(url, run, tuple(reward or ()), run_dir), settings), host, port, drain_seconds=2)
+    app = create(Source(url, run, tuple(reward or ()), run_dir), settings)
+    _check_redis(url)
+
+    def tell(bound: int) -> None:
+        shown = f"[{host}]" if ":" in host else host
+        Console().print(f"console http://{shown}:{bound}/", highlight=False, soft_wrap=True)
+
+    serve(app, host, port, drain_seconds=2, listening=tell)
+
+
+def _check_redis(url: str) -> None:
+    """Raises StartupError: none answers there, or it refuses the login."""
+    from redis.exceptions import RedisError
+
+    from services.redis import connect_sync, shown
+
+    with connect_sync(url) as client:
+        try:
+            client.ping()
+        except RedisError as error:
+            raise StartupError(f"--redis: no redis answers at {shown(url)}: {error}") from error
 
 
 def report(

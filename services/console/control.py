@@ -4,6 +4,7 @@ All of it needs the admin token, in a header that no other site's page can make 
 """
 
 import logging
+import time
 from typing import Any
 
 import orjson
@@ -13,7 +14,7 @@ from services import commands, pause
 from services.access import require_admin
 from services.commands import Stop
 from services.console import preview
-from services.console.overview import look
+from services.console.overview import QUIET_SECONDS, duration, look
 from services.console.samples import ENTRY
 from services.console.source import PATIENCE_SECONDS, Desk
 from services.pages import session
@@ -65,15 +66,20 @@ def router(desk: Desk) -> APIRouter:
     @routes.post("/stop", status_code=202)
     async def stop_run() -> dict[str, str]:
         """End the run after the step under way, with a checkpoint to resume from."""
-        trainer = await status("trainer")
+        trainer, orchestrator = await status("trainer"), await status("orchestrator")
         if trainer.get("state") not in ("waiting", "training"):
             said = trainer.get("state", "none began yet")
             raise Problem(409, "Nothing to stop", f"no trainer of run {run_id} waits or trains ({said})")
+        silent = [max(0.0, time.time() - one.get("at", 0.0)) for one in (trainer, orchestrator)]
+        heard = f"the trainer was last heard of {duration(silent[0])} ago"
+        if min(silent) > QUIET_SECONDS:
+            also = f"the orchestrator {duration(silent[1])} ago" if orchestrator else "an orchestrator never"
+            raise Problem(409, "Nobody is there to stop", f"{heard}, {also}: the run has ended, or hangs")
         # One for each trainer, however often it is asked for: a second one would stop the trainer that resumes the run.
         order = Stop(id=f"console-stop-{trainer['lineage']}", reason=FROM_HERE)
         await obey("stop", lambda: commands.send(desk.redis, run_id, order))
         log.warning("run %s is told to stop %s", run_id, FROM_HERE)
-        return {"order": order.id}
+        return {"order": order.id, "said": f"The run stops after the step under way, with a checkpoint; {heard}"}
 
     @routes.put("/spec")
     async def put_spec(spec: RewardSpec) -> dict[str, Any]:
@@ -89,9 +95,7 @@ def router(desk: Desk) -> APIRouter:
         try:
             if not ENTRY.fullmatch(entry_id):
                 raise KeyError(entry_id)
-            is_done = (await status("trainer")).get("state") == "done"
-            room = not is_done and (await status("orchestrator")).get("groups_left", 1) > 0
-            return {"index": await desk.queue.retry(entry_id, room)}
+            return {"index": await desk.queue.retry(entry_id)}
         except DeadlineExceeded as error:
             raise Problem(503, "The run cannot be reached", str(error), retry_after=2) from error
         except KeyError as error:

@@ -9,8 +9,8 @@ import orjson
 
 from services import pause
 from services.console.source import PATIENCE_SECONDS, Desk
-from services.contract import Version
 from services.keys import Keys
+from services.orchestrator.progress import lag
 from services.queue import Depth
 from services.redis import DeadlineExceeded, insist
 from services.weights.pointer import heartbeats, newest_version
@@ -149,7 +149,7 @@ async def _look(desk: Desk) -> Overview:
                 beat.replica,
                 beat.service,
                 str(beat.version) if beat.version else "base model",
-                _behind(newest, beat.version),
+                lag(newest, beat.version),
                 max(0.0, time.time() - beat.at),
             )
             for beat in beats
@@ -163,12 +163,6 @@ async def _look(desk: Desk) -> Overview:
 
 def _status(statuses: Mapping[bytes, bytes], name: bytes) -> dict[str, Any]:
     return orjson.loads(statuses[name]) if name in statuses else {}
-
-
-def _behind(newest: Version | None, served: Version | None) -> int:
-    if newest is None or (served is not None and served >= newest):
-        return 0
-    return max(1, newest.version - (served.version if served else -1))
 
 
 def _evaluations(bodies: list[bytes]) -> tuple[dict[str, Any], ...]:

@@ -36,7 +36,7 @@ ASSETS = {
 }
 VIEWS = ("curves", "events", "samples", "group", "dead", "control", "preview", "session")
 PATHS = frozenset({"/", *(f"/console/{name}" for name in (*VIEWS, *ASSETS))})
-TEMPLATES = frame.environment(HERE / "templates")
+TEMPLATES = frame.environment("console", HERE / "templates")
 TEMPLATES.filters["duration"] = duration
 TEMPLATES.filters["prompt_of"] = prompt_of
 
@@ -63,13 +63,10 @@ def _add_pages(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
     async def show(request: Request, template: str, **facts: Any) -> Response:
         """The page, or what stands in its way: no session, or no redis."""
         if session.refusal(request, settings):
-            return await refused(401, "")
+            return await session.ask(TEMPLATES)
         status = int(facts.pop("status", 200))
         shared = {"run": desk.run_id, "has_session": "rlif.refusal" in request.scope, "place": template}
         return await frame.render(TEMPLATES, template, status, {**shared, **facts})
-
-    async def refused(status: int, message: str) -> Response:
-        return await frame.render(TEMPLATES, "signin.html", status, {"message": message, "run": ""})
 
     async def away(request: Request, error: DeadlineExceeded) -> Response:
         return await show(request, "away.html", reason=str(error), status=503)
@@ -77,7 +74,7 @@ def _add_pages(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
     @routes.get("/", include_in_schema=False)
     async def overview(request: Request) -> Response:
         if session.refusal(request, settings):
-            return await refused(401, "")
+            return await session.ask(TEMPLATES)
         now = await look(desk)
         if now.trouble:
             return await show(request, "away.html", reason=now.trouble, status=503)
@@ -90,7 +87,7 @@ def _add_pages(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
     @routes.get("/console/samples", include_in_schema=False)
     async def samples(request: Request) -> Response:
         if session.refusal(request, settings):
-            return await refused(401, "")
+            return await session.ask(TEMPLATES)
         choice = Choice.of(request.query_params)
         try:
             page = await desk.samples.page(choice)
@@ -107,7 +104,7 @@ def _add_pages(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
     @routes.get("/console/group", include_in_schema=False)
     async def group(request: Request, entry: str = "", shade: bool = False) -> Response:
         if session.refusal(request, settings):
-            return await refused(401, "")
+            return await session.ask(TEMPLATES)
         try:
             found = await desk.samples.group(entry)
         except DeadlineExceeded as error:
@@ -121,7 +118,7 @@ def _add_pages(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
     @routes.get("/console/dead", include_in_schema=False)
     async def dead(request: Request) -> Response:
         if session.refusal(request, settings):
-            return await refused(401, "")
+            return await session.ask(TEMPLATES)
         try:
             letters = await desk.queue.dead()
         except DeadlineExceeded as error:
@@ -131,15 +128,16 @@ def _add_pages(routes: APIRouter, desk: Desk, settings: HttpSettings) -> None:
     @routes.get("/console/control", include_in_schema=False)
     async def controls(request: Request) -> Response:
         if session.refusal(request, settings):
-            return await refused(401, "")
+            return await session.ask(TEMPLATES)
         now = await look(desk)
+        if now.trouble:
+            return await show(request, "away.html", reason=now.trouble, status=503)
         text, note = await _spec_text(desk, now)
-        asks = settings.admin_token is not None
-        return await show(request, "control.html", now=now, spec_text=text, note=note, asks=asks)
+        return await show(request, "control.html", now=now, spec_text=text, note=note)
 
     @routes.post("/console/session", include_in_schema=False)
     async def sign_in_or_out(request: Request) -> Response:
-        return await session.sign_in_or_out(request, settings, "/", refused)
+        return await session.sign_in_or_out(request, settings, TEMPLATES)
 
     @routes.get("/console/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
@@ -150,6 +148,8 @@ async def _spec_text(desk: Desk, now: Overview) -> tuple[str, str]:
     """The run's spec as JSON, and why there is none."""
     if not desk.rewards:
         return "", "No reward server is known here: give its address with --reward."
+    if not now.spec:
+        return "", "What the run's spec is called is not known: its orchestrator has not reported yet."
     try:
         entry = await desk.rewards[0].get_spec(now.spec, deadline_seconds=5)
     except CallError as error:

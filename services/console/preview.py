@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from services.api import PreviewGroup, SpecEntry
 from services.clients import CallError, Refused, RewardClient
-from services.console.samples import made_by, prompt_of
+from services.console.samples import prompt_of
 from services.console.source import Desk
 from services.contract import ScoredGroup, Version
+from services.orchestrator.progress import made_by
 from services.problem import Problem, field_errors
 from services.redis import DeadlineExceeded
 from services.spec import RewardSpec
@@ -122,7 +123,7 @@ def _body(group: ScoredGroup, spec: RewardSpec, measured_by: RewardSpec | None) 
 def _changed(group: ScoredGroup, after: list[float | None]) -> Changed:
     before = [score.advantage if score.valid else None for score in group.scores]
     moved = max(abs((old or 0.0) - (new or 0.0)) for old, new in zip(before, after, strict=True))
-    return Changed(group.index, prompt_of(group.task)[-100:], made_by(group), before, after, moved)
+    return Changed(group.index, prompt_of(group.task)[-100:], str(made_by(group)), before, after, moved)
 
 
 def _correlation(pairs: list[tuple[float, float]]) -> float | None:

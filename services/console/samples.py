@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from services import codec
-from services.contract import Group, ScoredGroup, Task
+from services.contract import ScoredGroup, Task
 from services.keys import Keys
+from services.orchestrator.progress import made_by
 from services.redis import insist
 
 BATCH = 50
@@ -202,7 +203,7 @@ def line_of(entry_id: str, group: ScoredGroup) -> Line:
         spread=max(advantages) - min(advantages) if advantages else 0.0,
         outcomes=dict(sorted(outcomes.items())),
         length=sum(len(made.token_ids) for made in group.completions) / len(group.completions),
-        version=made_by(group),
+        version=str(made_by(group)),
         scored_by=str(group.scorer_weight_version) if group.scorer_weight_version else "\u2013",
         skipped=group.skipped,
         at=int(entry_id.partition("-")[0]) / 1e3,
@@ -212,11 +213,6 @@ def line_of(entry_id: str, group: ScoredGroup) -> Line:
 def prompt_of(task: Task) -> str:
     """The text, or the last message of a chat."""
     return task.prompt if task.prompt is not None else task.messages[-1].content if task.messages else ""
-
-
-def made_by(group: Group) -> str:
-    """The oldest version that made any of its completions."""
-    return str(min(made.weight_version for made in group.completions))
 
 
 def _sorted(lines: list[Line], sort: str) -> list[Line]:

@@ -55,6 +55,13 @@ class Desk:
     refills: tuple[Version | None, int] = (None, 0)
     """Groups left out since a version was published."""
 
+    def matches(self, client: RewardClient) -> bool:
+        """Whether that server is to score no group by older weights than made it."""
+        follow = self.recipe.scorer.follow
+        # A repeatable run must not depend on how soon the scorer noticed a new version either.
+        wanted = follow == "match" or (follow == "online" and self.recipe.run.deterministic)
+        return wanted and self.servers.has_scorer(client)
+
     def required(self, index: int) -> Version:
         """The oldest weights that may make group `index`: of this lineage, at most `max_staleness` steps back."""
         step = self.pace.required_step(index, self.watch.dead_below(index))
@@ -188,7 +195,7 @@ async def _score(desk: Desk, groups: list[Group]) -> list[ScoredGroup]:
 
     async def ask(groups: list[Group]) -> list[ScoredGroup]:
         async def call(client: RewardClient) -> list[GroupScores]:
-            bodies = [reward_body(desk, client, group) for group in groups]
+            bodies = [reward_body(group, desk.matches(client)) for group in groups]
             try:
                 scores = (await client.rewards(bodies, spec, deadline)).groups
             except Refused as error:
@@ -211,11 +218,8 @@ async def _score(desk: Desk, groups: list[Group]) -> list[ScoredGroup]:
     return await _ask_each(desk, "reward", groups, lambda item: item.index, ask) if groups else []
 
 
-def reward_body(desk: Desk, client: RewardClient, group: Group) -> RewardGroup:
-    """What a reward server is sent of a group."""
-    follow = desk.recipe.scorer.follow
-    # A repeatable run must not depend on how soon the scorer noticed a new version either.
-    matched = follow == "match" or (follow == "online" and desk.recipe.run.deterministic)
+def reward_body(group: Group, matched: bool = False) -> RewardGroup:
+    """What a reward server is sent of a group. `matched`: it is to be scored by no older weights than made it."""
     return RewardGroup(
         group_id=group.group_id,
         task=group.task,
@@ -225,7 +229,7 @@ def reward_body(desk: Desk, client: RewardClient, group: Group) -> RewardGroup:
             for made in group.completions
         ],
         weight_version=newest_of(group),
-        min_weight_version=newest_of(group) if matched and desk.servers.has_scorer(client) else None,
+        min_weight_version=newest_of(group) if matched else None,
     )
 
 

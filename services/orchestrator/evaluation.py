@@ -143,7 +143,7 @@ class Evaluator:
         servers, deadline = self.desk.servers, self.desk.recipe.scorer.deadline_seconds
 
         async def ask(client: RewardClient) -> list[ScoredGroup]:
-            bodies = [reward_body(self.desk, client, group) for group in groups]
+            bodies = [reward_body(group, self.desk.matches(client)) for group in groups]
             try:
                 scores = (await client.rewards(bodies, servers.evaluation_spec, deadline)).groups
             except Refused as error:

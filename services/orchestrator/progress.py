@@ -170,14 +170,16 @@ class Watch:
         self.paused = paused.paused
         if self.paused:
             self.paused_at = time.monotonic()
-        self.retried = await self.queue.retried()
+        retried = await self.queue.retried()
         self.depth = await self.queue.depth()
-        counts = (self.depth.dead, self.depth.left_out, len(self.retried))
+        counts = (self.depth.dead, self.depth.left_out, len(retried))
         if counts != self._gone_counts:
-            self._gone_counts = counts
-            self.dead = sorted({group.index for group in await self.queue.dead()})
-            self.again = [*self._unmade, *self.retried[self._retried_before :]]
-            self.gone = sorted([*{*self.dead, *await self.queue.left_out()}, *self.again])
+            dead = sorted({group.index for group in await self.queue.dead()})
+            left_out = await self.queue.left_out()
+            # All at once: who admits by them must not see some of them.
+            self._gone_counts, self.retried, self.dead = counts, retried, dead
+            self.again = [*self._unmade, *retried[self._retried_before :]]
+            self.gone = sorted([*{*dead, *left_out}, *self.again])
         self._note_lags()
         self._heard = time.monotonic()
         self.wake.set()

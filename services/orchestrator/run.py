@@ -21,6 +21,7 @@ from services.console import pages
 from services.console.source import Source
 from services.keys import Keys
 from services.orchestrator import data
+from services.orchestrator.admission import Admission
 from services.orchestrator.chunk import Chunk, Desk, finish
 from services.orchestrator.evaluation import Evaluator
 from services.orchestrator.guard import Guard
@@ -138,9 +139,9 @@ async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
 
 
 class Loop:
-    """Admits chunks in the order of their index. `cursor` is the first index that was not admitted yet, `again` counts
-    dead groups that were admitted besides, `floor` is the lowest lineage whose groups counted when it began. `stopped`
-    is the lineage of the trainer that an order stopped: one that resumes the run has another."""
+    """What the orchestrator does whenever something happened. `floor` is the lowest lineage whose groups counted when
+    the order began; `admission` is none before. `stopped` is the lineage of the trainer that an order stopped: one that
+    resumes the run has another."""
 
     def __init__(
         self,
@@ -156,8 +157,8 @@ class Loop:
         self.evaluating: asyncio.Task[EvaluationResult] | None = None
         self.ended = False
         self.stopped: int | None = None
-        self.cursor = self.floor = self.again = 0
-        self.seen: set[str] | None = None
+        self.floor = 0
+        self.admission: Admission | None = None
         self.running: dict[asyncio.Task[None], Chunk] = {}
         self.reminded = time.monotonic()
 
@@ -202,15 +203,16 @@ class Loop:
                     await cancel(*probes)  # whether there still are servers matters no more
                     probes.clear()
                 else:
-                    if desk.watch.version is not None and self.seen is None:
+                    if desk.watch.version is not None and self.admission is None:
                         # Not before: a trainer that publishes has told a redis that lost its data what was trained.
-                        self.seen = await self._begin_order()
-                        log.info("%d groups were pushed or given up before this start", len(self.seen))
+                        self.admission = Admission(desk)
+                        await self.admission.begin()
+                        log.info("%d groups were pushed or given up before this start", len(self.admission.seen))
                     await self._go_back()
                     if all(probe.done() for probe in probes):
                         await self._evaluate()
                         if not self._is_held():
-                            self._admit()
+                            await self._admit()
                     await self._finish()
                     self._look_for_a_stall()
                 await self.wake.wait()
@@ -222,70 +224,27 @@ class Loop:
             await cancel(*followers, *probes, *self.running, *([self.evaluating] if self.evaluating else []))
             await self._last_status()
 
-    def _admit(self) -> None:
-        desk = self.desk
+    async def _admit(self) -> None:
+        desk, admission = self.desk, self.admission
+        if admission is not None:
+            await admission.offer_room(admission.cursor)
         if desk.watch.paused:
             if desk.tally.state != "paused" or time.monotonic() - self.reminded > REMIND_SECONDS:
                 self.reminded = time.monotonic()
                 log.warning("the run is paused: no new groups are admitted until it is resumed")
             desk.tally.state = "paused"
             return
-        while desk.watch.version is not None and len(self.running) < desk.recipe.pacing.max_requests_in_flight:
-            chunk = self._retried_chunk() or self._next_chunk()
+        if admission is None:
+            desk.tally.state = "waiting for the trainer's first weights"
+            return
+        while len(self.running) < desk.recipe.pacing.max_requests_in_flight:
+            chunk = await admission.next(self.running.values())
             if chunk is None:
                 break
             task = asyncio.create_task(finish(chunk, desk))
             task.add_done_callback(lambda _: self.wake.set())
             self.running[task] = chunk
-        desk.watch.extra["groups_left"] = self._groups_left()
-        desk.tally.state = "running" if desk.watch.version is not None else "waiting for the trainer's first weights"
-
-    def _retried_chunk(self) -> Chunk | None:
-        """A group that was given up and is to be made again, once the trainer can take one more."""
-        watch = self.desk.watch
-        waiting = watch.again[self.again :]
-        # Not before its place: what an order that begins anew finds made was admitted below its cursor.
-        if not waiting or waiting[0] >= self.cursor:
-            return None
-        if watch.version is None or not self._has_room(watch.version.version):
-            return None
-        self.again += 1
-        log.info("the group of index %d, which was given up, is made again", waiting[0])
-        return Chunk([waiting[0]], floor=watch.version.version)
-
-    def _groups_left(self) -> int:
-        """How many more groups the run takes until its end, besides those that are to be made again."""
-        watch, pace = self.desk.watch, self.desk.pace
-        return pace.capacity(pace.steps, None, watch.dead_below(self.cursor)) - self.cursor - len(watch.again)
-
-    def _has_room(self, version: int) -> bool:
-        """Whether one more group may be admitted."""
-        oldest = min((chunk.floor for chunk in self.running.values()), default=None)
-        gone = self.desk.watch.dead_below(self.cursor)
-        return self.cursor + self.again < self.desk.pace.capacity(version, oldest, gone)
-
-    def _next_chunk(self) -> Chunk | None:
-        """The next groups to make, cut where `groups_per_request` or the capacity ends."""
-        desk = self.desk
-        assert desk.watch.version is not None and self.seen is not None
-        size, version = desk.recipe.rollout.groups_per_request, desk.watch.version.version
-        while True:
-            first = self.cursor
-            end = (first // size + 1) * size
-            while self.cursor < end and self._has_room(version):
-                self.cursor += 1
-            if self.cursor == first:
-                return None
-            ids = {index: desk.source.group_id(index) for index in range(first, self.cursor)}
-            here = {index for chunk in self.running.values() for index in chunk.indices}
-            missing = [index for index, group_id in ids.items() if group_id not in self.seen and index not in here]
-            if not missing:
-                continue
-            if desk.recipe.run.deterministic:
-                # The same batch as the first time; the queue drops what it has. Only the dead stay out of it, and those
-                # of them that come later.
-                missing = [index for index in ids if index not in {*desk.watch.dead, *desk.watch.again}]
-            return Chunk(missing, floor=version)
+        desk.tally.state = "running"
 
     def _is_over(self) -> bool:
         watch = self.desk.watch
@@ -304,6 +263,7 @@ class Loop:
         desk, version = self.desk, self.desk.watch.version
         if version is None or desk.watch.floor == self.floor or version.lineage < desk.watch.floor:
             return
+        assert self.admission is not None
         log.info("the trainer went back to %s: what it undid is made again", version)
         self.floor = desk.watch.floor
         running = [*self.running, *([self.evaluating] if self.evaluating else [])]
@@ -311,17 +271,7 @@ class Loop:
         self.running, self.evaluating = {}, None
         if self.evaluator is not None:
             await self.evaluator.forget(version.version)
-        self.cursor = self.again = 0
-        self.seen = await self._begin_order()
-
-    async def _begin_order(self) -> set[str]:
-        """The ids of all groups that need not be made in their place."""
-        watch, group_id = self.desk.watch, self.desk.source.group_id
-        retried = watch.retried
-        seen = await self.desk.queue.seen()
-        unmade = [index for index in dict.fromkeys(retried) if group_id(index) not in seen]
-        await watch.begin_again(len(retried), unmade)
-        return seen.union(map(group_id, watch.again))
+        await self.admission.begin()
 
     async def _evaluate(self) -> None:
         """Take the result of an evaluation that ended, and start the one that is due."""

@@ -14,6 +14,8 @@ from services.problem import Problem
 
 SHARED = Path(__file__).parent / "static"
 """`page.css` and `icon.svg`, the look of every page."""
+TEMPLATES = Path(__file__).parent / "templates"
+"""The document around every page, signing in and out, shaded tokens."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -25,15 +27,17 @@ HEADERS = {
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
-def environment(templates: Path) -> Environment:
-    """Everything is escaped, and a name that is not there is an error."""
+def environment(site: str, templates: Path) -> Environment:
+    """The templates of `site`, whose pages lie below /`site`/, and the shared ones. Everything is escaped, and a name
+    that is not there is an error."""
     made = Environment(
-        loader=FileSystemLoader(templates),
+        loader=FileSystemLoader([templates, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.globals["site"] = site
     made.filters["number"] = number
     return made
 

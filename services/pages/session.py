@@ -6,11 +6,11 @@ it here, and it ends when the token is changed. No route of the API looks at it.
 
 import hmac
 import time
-from collections.abc import Awaitable, Callable
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Request, Response
 from fastapi.responses import RedirectResponse
+from jinja2 import Environment
 
 from services.access import HttpSettings
 from services.pages import frame
@@ -69,19 +69,22 @@ def check_origin(request: Request) -> None:
         raise Problem(403, "The form comes from another site", f"Origin: {origin:.200}")
 
 
-async def sign_in_or_out(
-    request: Request, settings: HttpSettings, home: str, refused: Callable[[int, str], Awaitable[Response]]
-) -> Response:
-    """The answer to the form with the token, or to the one that ends the session: the page `home`, or what `refused`
-    makes of a status and a message."""
-    answer = RedirectResponse(home, 303, frame.HEADERS)
+async def ask(templates: Environment, status: int = 401, message: str = "") -> Response:
+    """The page that asks for the token; `message` is what was wrong with what came."""
+    return await frame.render(templates, "signin.html", status, {"message": message})
+
+
+async def sign_in_or_out(request: Request, settings: HttpSettings, templates: Environment) -> Response:
+    """The answer to the form with the token, or to the one that ends the session: the way home, or the page that asks
+    again."""
+    answer = RedirectResponse("/", 303, frame.HEADERS)
     try:
         check_origin(request)
         given = parse_qs((await frame.form(request, MOST_BYTES)).decode(errors="replace"))
     except Problem as problem:
-        return await refused(problem.status, f"{problem.title}: {problem.detail}")
+        return await ask(templates, problem.status, f"{problem.title}: {problem.detail}")
     if "end" in given:
         end(answer)
     elif not start(request, answer, settings, given.get("token", [""])[0].strip()):
-        return await refused(401, "The token is not the one this server knows")
+        return await ask(templates, 401, "The token is not the one this server knows")
     return answer

@@ -10,7 +10,7 @@ from services.api import ScoreResult
 
 STEPS = 8
 """Shades, from 0 (sure: none) to the strongest."""
-SPACE, LINE_BREAK = "\u00b7", "\u21b5"
+SPACE, LINE_BREAK, NOTHING = "\u00b7", "\u21b5", "\u2205"
 HIDDEN = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
 """Unicode categories that show nothing, or move what stands beside them (such as marks of direction)."""
 
@@ -143,6 +143,8 @@ def bytes_of(entry: str) -> bytes | None:
 
 
 def _named(piece: str, entry: str) -> tuple[str, list[Part]]:
+    if not piece:  # of a row of the LM head that the tokenizer has no entry for
+        return "no text", [Part(NOTHING, True)]
     raw = bytes_of(entry) if "\ufffd" in piece else None
     if raw is None or raw == piece.encode():
         return f"\u201c{''.join(part.text for part in parts(piece)).strip(chr(10))}\u201d", parts(piece)

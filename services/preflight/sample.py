@@ -5,11 +5,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 from services import recipe as recipes
-from services.api import CompletionText, RewardGroup, RolloutRequest
+from services.api import RolloutRequest
 from services.clients import Refused, RewardClient, RolloutClient, ServerFault
 from services.contract import Group, ScoredGroup, Task, group_id, group_seed
-from services.orchestrator.chunk import NOT_OF_THE_GROUP
-from services.orchestrator.progress import newest_of
+from services.orchestrator.chunk import NOT_OF_THE_GROUP, reward_body
 from services.orchestrator.servers import Servers
 from services.recipe import Recipe
 from services.spec import RewardSpec
@@ -85,19 +84,7 @@ async def _answer(recipe: Recipe, servers: Servers, tasks: Sequence[Task], name:
 
 
 async def _score(recipe: Recipe, servers: Servers, groups: list[Group]) -> list[ScoredGroup]:
-    bodies = [
-        RewardGroup(
-            group_id=group.group_id,
-            task=group.task,
-            prompt_token_ids=group.prompt_token_ids,
-            completions=[
-                CompletionText(text=made.text, token_ids=made.token_ids, finish_reason=made.finish_reason)
-                for made in group.completions
-            ],
-            weight_version=newest_of(group),
-        )
-        for group in groups
-    ]
+    bodies = [reward_body(group) for group in groups]
 
     async def ask(client: RewardClient) -> list[ScoredGroup]:
         response = await client.rewards(bodies, servers.spec_name, recipe.scorer.deadline_seconds)

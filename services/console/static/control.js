@@ -49,7 +49,7 @@ for (const button of document.querySelectorAll("[data-post]")) {
     const answer = await send("POST", button.dataset.post, undefined, (text) => say(text, true));
     button.removeAttribute("aria-busy");
     if (!answer) return;
-    say(button.dataset.said, false);
+    say(answer.status === 202 ? (await answer.json()).said : button.dataset.said, false);
     if (button.dataset.once) button.disabled = true;
   });
 }

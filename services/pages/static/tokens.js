@@ -57,5 +57,12 @@ document.documentElement.classList.add("script");
       next.focus();
     });
   }
-  document.addEventListener("scroll", hide, { passive: true, capture: true });
+  // The focus itself may have scrolled the page: what has it keeps its tip.
+  function follow() {
+    const here = document.activeElement;
+    if (!tip.hidden && here && here.matches(".token")) show(here);
+    else hide();
+  }
+
+  document.addEventListener("scroll", follow, { passive: true, capture: true });
 })();

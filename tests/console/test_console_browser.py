@@ -21,7 +21,7 @@ from services.redis import connect_sync
 
 pytestmark = [pytest.mark.slow, needs_browser, pytest.mark.timeout(400)]
 
-AXE = (Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js").read_text()
+AXE = (Path(__file__).parent.parent / "vendor" / "axe-core" / "axe.min.js").read_text()
 ADMIN = "admin-of-the-test"
 SECONDS = 60.0
 SERIOUS = "return axe.run().then(found => found.violations.filter(one => ['serious', 'critical'].includes(one.impact)))"
@@ -94,8 +94,8 @@ def test_curves_move_and_other_runs_are_laid_over(browser, run):
     until(browser, lambda: label() != first, "curves move")
     names = browser.run("return [...document.querySelectorAll('#state tbody th')].map(e => e.innerText.split(' ')[0])")
     assert set(names) == {"reward", "rollout"}
-    browser.one(".over summary").click()
-    browser.one("[name=over][value=earlier]").click()
+    browser.click(".over summary")
+    browser.click("[name=over][value=earlier]")
     runs = "return [...document.querySelectorAll('#legend li')].map(e => e.innerText)"
     until(browser, lambda: browser.run(runs) == ["watched", "earlier"], "both runs")
     assert browser.hosts() == {run.url.removeprefix("http://")}
@@ -106,19 +106,18 @@ def test_a_sample_opens_and_its_tokens_are_shaded(browser, run):
     browser.open(run.url + "/console/samples?sort=reward")
     is_sound(browser)
     with browser.new_page():
-        browser.one("table a").click()
+        browser.click("table a")
     assert len(browser.all("article")) == 4
     with browser.new_page():
-        browser.one(".shading a").click()
+        browser.click(".shading a")
     shades = {found.value_of_css_property("background-color") for found in browser.all(".token")}
     assert len(browser.all(".token")) > 8 and len(shades) > 2
     is_sound(browser)
     browser.open(browser.driver.current_url, width=390, dark=True)
     is_sound(browser)
-    browser.one(".token").click()
-    assert browser.one("#tip").is_displayed() or browser.run(
-        "document.querySelector('.token').focus(); return !document.getElementById('tip').hidden"
-    )
+    browser.click(".token")
+    tip = "document.querySelector('.token').focus(); return !document.getElementById('tip').hidden"
+    until(browser, lambda: browser.run(tip), "the token tells its values")
     is_sound(browser)
 
 
@@ -144,10 +143,18 @@ def test_pause_stops_admission(browser, run):
         return httpx.get(run.url + "/v1/status").json()
 
     until(browser, lambda: status()["state"] == "paused" and status()["groups_in_flight"] == 0, "all is finished")
-    time.sleep(0.5)
-    pushed, step = status()["groups_pushed"], run.last_step()
-    time.sleep(1)
-    assert (status()["groups_pushed"], run.last_step()) == (pushed, step)
+
+    def counts():
+        return status()["groups_pushed"], run.last_step()
+
+    def is_still():
+        """Nothing was made or trained for a while: a step under way may take its time."""
+        before = counts()
+        time.sleep(2)
+        return counts() == before
+
+    until(browser, is_still, "what was made is trained, and nothing more")
+    _, step = counts()
     values_are_those_of_the_api(run)
     browser.open(run.url)
     assert "Paused" in browser.one(".headline").text
@@ -203,7 +210,7 @@ def test_a_spec_is_previewed_and_then_applied(browser, run):
     def newest():
         browser.open(run.url + "/console/samples")
         with browser.new_page():
-            browser.one("table a").click()
+            browser.click("table a")
         return browser.one("code").text
 
     until(browser, lambda: newest() == spec_id, "groups are scored by it")
@@ -224,6 +231,7 @@ def test_stop_ends_the_run_with_a_checkpoint_and_a_report_can_be_mailed(browser,
     browser.type("#admin-token", ADMIN)
     browser.run("window.confirm = () => true")
     browser.one("[data-post='/v1/run/stop']").click()
+    until(browser, lambda: "the trainer was last heard of" in browser.one("#outcome").text, "what is known is said")
     assert run.finish(SECONDS) == 1, run.screen()
     assert "stopped from the console" in run.log.read_text()
     last = run.last_step()
@@ -235,7 +243,7 @@ def test_stop_ends_the_run_with_a_checkpoint_and_a_report_can_be_mailed(browser,
         browser.open((tmp_path / "report.html").as_uri(), width=width, dark=dark)
         until(browser, lambda: browser.all("#charts figure canvas"), "charts")
         assert "Stopped, with a checkpoint" in browser.one(".headline").text
-        browser.one(".sample summary").click()
+        browser.click(".sample summary")
         is_sound(browser)
     browser.hosts()
     browser.driver.refresh()
