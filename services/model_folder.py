@@ -1,5 +1,6 @@
 """A model's files on this machine, and how transformers is to run it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ def check_local(model: str, key: str = "--model") -> Path | None:
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise StartupError(f"{key} {model}: no such folder")
     return None
+
+
+def quiet_hub() -> None:
+    """For a command that tells how asking the hub ended: its client, imported later, tells of every attempt."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def model_folder(model: str, revision: str | None) -> Path:

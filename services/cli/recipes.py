@@ -58,18 +58,17 @@ def load_arm(recipe_path: Path, overrides: list[str] | None, control: str | None
     from reward_server.specs import SpecError, named_spec
 
     try:
-        return with_control(chosen, control, chosen.spec or named_spec(str(chosen.rewards)))
+        return with_control(chosen, control, chosen.spec or named_spec(str(chosen.rewards)), overrides)
     except SpecError as error:
         raise RecipeError(f"rewards: {error}") from error
 
 
-def doubts(chosen: Recipe, given_rows: int | None = None) -> list[str]:
-    """What can run, and is hardly meant: a line for each. `given_rows`: the data's, as the caller knows them."""
+def doubts(chosen: Recipe, rows: int | None) -> list[str]:
+    """What can run, and is hardly meant: a line for each. `rows`: the data's, where they are known."""
     from reward_server.specs import named_spec
 
     spec = chosen.spec or named_spec(str(chosen.rewards))
-    rows, each = given_rows or epoch.rows_of(chosen.data), chosen.trainer.groups_per_step
-    repeated = ""
+    repeated, each = "", chosen.trainer.groups_per_step
     if rows is not None and rows < each:
         repeated = f"trainer.groups_per_step: {each}, but the data has {rows} rows: a step has tasks more than once"
     return [line for line in (contradiction(chosen.trainer.algorithm, spec.combine), repeated) if line]
@@ -138,12 +137,11 @@ def check(
     """Refuse what cannot run, and say what the recipe amounts to."""
     chosen = recipe.load(recipe_path, overrides)
     check_rewards(chosen)
-    data = Path(chosen.data.path)
-    if data.suffix in (".jsonl", ".json", ".parquet") and not data.exists():
-        raise RecipeError(f"data.path: no file {data}")
     epoch.check_completions(chosen, completions)
+    known_rows = epoch.rows_of(chosen)
+    rows = rows or known_rows
     found, doubtful = facts(chosen), doubts(chosen, rows)
-    if rows := rows or epoch.rows_of(chosen.data):
+    if rows is not None:
         found |= epoch.facts(chosen, rows)
     if gpu_gib is not None:
         found |= check_memory(chosen, gpu_gib)

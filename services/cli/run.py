@@ -14,6 +14,7 @@ from services.cli.launch import RLIF, plan
 from services.cli.preflight import gate
 from services.cli.recipes import ControlArm, check_rewards, doubts, load_arm
 from services.cli.watch import watch
+from services.epoch import rows_of
 from services.model_folder import check_local
 from services.run_folder import only_one, prepare
 from services.startup import StartupError
@@ -65,7 +66,7 @@ def up(
     logging.getLogger("services.supervisor").setLevel(logging.INFO)
     chosen = load_arm(recipe_path, overrides, control)
     check_rewards(chosen)
-    for line in doubts(chosen):
+    for line in doubts(chosen, rows_of(chosen)):  # data that the run could not read is refused before anything starts
         log.warning(line)
     console = Console()
     if preflight:

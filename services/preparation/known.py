@@ -3,8 +3,10 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from services.demo.task import SOURCE as DEMO
 from services.recipe_sections import Fields
 from services.rows import Row
 
@@ -139,6 +141,14 @@ KNOWN: dict[str, Known] = {
         reshape=_cruxeval,
     ),
 }
+
+
+def how_to_make(path: Path, source: str) -> str:
+    """What to say beside that there is no file `path` with rows of `source`; "" where no command is known to make it."""
+    if source == DEMO:
+        return "; `rlif demo-prepare DIR` makes DIR/train.jsonl, and DIR/recipe.yaml, which names it"
+    name = next((name for name, known in KNOWN.items() if known.source == source), None)
+    return "" if name is None else f"; `rlif data prepare {name} {path.with_suffix('.jsonl')}` makes one"
 
 
 def published_rows(path: str, split: str) -> int | None:
