@@ -14,12 +14,11 @@ KEY = "control"
 PLACES = (("run", "name"), ("run", "dir"), ("weights", "dir"))
 
 
-def with_control(
-    recipe: Recipe, control: Control, spec: RewardSpec, overrides: Sequence[str] | None = None
-) -> Recipe:
+def with_control(recipe: Recipe, control: Control, spec: RewardSpec, overrides: Sequence[str] | None = None) -> Recipe:
     """The recipe as a control arm of itself. Only the reward changes, and the run's name and folders, which get the
-    arm's name as suffix, except where one of the `overrides` that the recipe was loaded with gives them. `spec` is the recipe's reward written out: its terms stay, measured and not trained on;
-    `inverted` trains on them with the opposite sign instead. Raises RecipeError.
+    arm's name as suffix, unless one of the `overrides` that the recipe was loaded with gives them. `spec` is the
+    recipe's reward written out: its terms stay, measured and not trained on; `inverted` trains on them with the
+    opposite sign instead. Raises RecipeError.
     """
     if control == "inverted":
         terms = [term.model_copy(update={"weight": -term.weight}) for term in spec.rewards]

@@ -1,27 +1,9 @@
 """A recipe's batch arithmetic: completions a step, rows an epoch, steps that one epoch makes."""
 
-from services.preparation.known import published_rows
 from services.recipe import Recipe, RecipeError
-from services.rows import DataError, is_local
-from services.tasks import read
 
 PUBLISHED_STEPS = {(7500, 128): 58, (7500, 64): 117}
 """Steps of one epoch of MATH by rows and problems a step, in the table of hyperparameters of arXiv 2505.19590."""
-
-
-def rows_of(recipe: Recipe) -> int | None:
-    """How many rows the data has: of a file or folder here, which is read as the run reads it; of a data set on the hub
-    as it was published, where it is known by name. Raises DataError: the run could not use what is here."""
-    data = recipe.data
-    if recipe.evaluation is not None and is_local(recipe.evaluation.data.path):
-        try:
-            read(recipe.evaluation.data, seed=recipe.run.seed)
-        except DataError as error:
-            raise DataError(f"evaluation.{error}" if str(error).startswith("data.") else str(error)) from error
-    if is_local(data.path):
-        return len(read(data, seed=recipe.run.seed))
-    rows = published_rows(data.path, data.split)
-    return rows if rows is None or data.limit is None else min(rows, data.limit)
 
 
 def facts(recipe: Recipe, rows: int) -> dict[str, int | float]:

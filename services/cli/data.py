@@ -63,7 +63,8 @@ def _fields(text: str | None) -> Fields | None:
         elif key in COLUMNS:
             tree[key] = column
         else:
-            raise StartupError(f"--fields {pair}: there is no field {key!r}; choose {', '.join(COLUMNS)}, reference.NAME")
+            valid = ", ".join([*COLUMNS, "reference.NAME"])
+            raise StartupError(f"--fields {pair}: there is no field {key!r}; choose from {valid}")
     try:
         return Fields.model_validate(tree)
     except ValidationError as error:
@@ -220,11 +221,11 @@ def prepare_command(
 
 
 def _overrides(made: dict[str, Any], out: Path) -> list[str]:
-    """What makes any recipe read the file: what it says of the columns, answers and prompts of another is taken back."""
-    of_another = ["fields", "answer_pattern"]
+    """With these any recipe reads the file: what it says of its own source's columns and answers is taken back."""
+    of_its_own = ["fields", "answer_pattern"]
     if "messages" in made["columns"]:
-        of_another += ["prompt", "system_prompt"]
-    return [f"data.path={out}", *(f"data.{key}=null" for key in of_another)]
+        of_its_own += ["prompt", "system_prompt"]
+    return [f"data.path={out}", *(f"data.{key}=null" for key in of_its_own)]
 
 
 def _tell(made: dict[str, Any], out: Path) -> None:

@@ -15,8 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from services import logs, recipe
 from services.cli.launch import environment, share
-from services.cli.recipes import check_rewards
-from services.epoch import rows_of
+from services.cli.recipes import check_data, check_rewards
 from services.model_folder import check_local, quiet_hub
 from services.recipe_sections import Rollout, Scorer
 from services.startup import StartupError
@@ -87,7 +86,7 @@ def run_preflight(
     from services.preflight import flight
 
     check_rewards(chosen)
-    rows_of(chosen)  # data here that cannot be read is refused before the hub is asked for anything
+    check_data(chosen)  # data here that cannot be read is refused before the hub is asked for anything
     check_local(chosen.model.path, "model.path")  # sooner than the servers would
     spec = chosen.spec or named_spec(str(chosen.rewards))
     with console.status("reading tasks"):
@@ -104,7 +103,8 @@ def gate(chosen: recipe.Recipe, console: Console) -> None:
     console.print("preflight, before training:", highlight=False)
     show_verdict(report, console)
     if report.verdict.level == "stop":
-        sys.stderr.write("rlif: --preflight: do not train on this as it is: " + "; ".join(report.verdict.reasons) + "\n")
+        reasons = "; ".join(report.verdict.reasons)
+        sys.stderr.write(f"rlif: --preflight: do not train on this as it is: {reasons}\n")
         raise typer.Exit(EXIT_STOP)
 
 
