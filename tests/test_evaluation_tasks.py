@@ -55,7 +55,9 @@ def test_math500_is_the_same_from_either_copy():
 def test_a_protocol_says_where_it_departs_from_its_preset():
     assert described(PRESETS["paper"]) == "paper"
     changed = PRESETS["paper"].model_copy(update={"temperature": 0.9, "samples": 8})
-    assert described(changed) == "paper with temperature 0.9, samples 8"
+    assert described(changed) == "paper, but temperature 0.9, 8 answers to each question"
+    bare = PRESETS["open_r1"].model_copy(update={"prompt": None, "plain": True, "max_tokens": 99, "seeds": [0, 1]})
+    assert described(bare) == "open_r1, but no prompt around problems, no chat template, at most 99 tokens, 2 seeds"
 
 
 def test_keys_name_what_decides_an_answer_and_nothing_else():

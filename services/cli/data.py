@@ -20,7 +20,7 @@ from services.preparation.known import KNOWN
 from services.preparation.prepare import Filters, prepare, write
 from services.recipe import explain
 from services.recipe_sections import Data, Fields
-from services.rows import FILES, Row, is_local
+from services.rows import FILES, DataError, Row, is_local
 from services.startup import StartupError
 
 app = typer.Typer(no_args_is_help=True, help="Data sets made ready to train on.")
@@ -28,6 +28,8 @@ app = typer.Typer(no_args_is_help=True, help="Data sets made ready to train on."
 SHOWN = 20
 """Answers that do not verify, named one by one in the manifest; the others are counted."""
 COLUMNS = tuple(name for name in Fields.model_fields if name != "reference")
+OPTIONS = {"data.path: ": "", "data.split": "--split", "data.fields": "--fields"}
+OPTIONS |= {"data.answer_pattern": "--answer-pattern", "model.path": "--tokenizer"}
 NO_REFERENCE = ("id", "source", "prompt", "messages")
 
 
@@ -127,6 +129,13 @@ def _at_a_commit(data: Data) -> Data:
     return data.model_copy(update={"revision": commit})
 
 
+def _in_options(message: str) -> str:
+    """A message that names a recipe's keys, with the options that they are here."""
+    for key, option in OPTIONS.items():
+        message = message.replace(key, option)
+    return message
+
+
 def _account(data: Data, filters: Filters, seed: int, prompt: str | None) -> dict[str, Any]:
     """What the manifest says of source and settings: files with their checksums."""
 
@@ -208,7 +217,10 @@ def prepare_command(
     data = _at_a_commit(data)
     console = Console(stderr=True)
     with console.status(f"reading {data.path}"):
-        prepared = prepare(data, known, filters, seed, prompt)
+        try:
+            prepared = prepare(data, known, filters, seed, prompt)
+        except DataError as error:
+            raise StartupError(_in_options(str(error))) from error
     account = {"data_set": what, **_account(data, filters, seed, prompt)}
     grader = known.grader if known is not None else "math_verify"
     if verify and grader is not None and "answer" in prepared.rows[0]:

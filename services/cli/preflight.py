@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from services import logs, recipe
 from services.cli.launch import environment, share
 from services.cli.recipes import check_data, check_rewards
-from services.model_folder import check_local, quiet_hub
+from services.model_folder import check_available, quiet_hub
 from services.recipe_sections import Rollout, Scorer
 from services.startup import StartupError
 from services.supervisor import EXIT_FAILED, EXIT_REFUSED
@@ -87,7 +87,7 @@ def run_preflight(
 
     check_rewards(chosen)
     check_data(chosen)  # data here that cannot be read is refused before the hub is asked for anything
-    check_local(chosen.model.path, "model.path")  # sooner than the servers would
+    check_available(chosen.model.path, chosen.model.revision, "model.path")  # sooner than the servers would
     spec = chosen.spec or named_spec(str(chosen.rewards))
     with console.status("reading tasks"):
         plan = flight.plan(chosen, spec, tasks, others)

@@ -136,7 +136,7 @@ def beside_paper(results: Results, families: Sequence[str]) -> Group | None:
 
 
 def remarks(results: Results) -> list[str]:
-    """What keeps a figure from being what it looks like, or from being the same thing as the paper's, a line for each."""
+    """What keeps a figure from being what it looks like, or the same thing as the paper's, a line for each."""
     lines = []
     for task in results.tasks:
         benchmark = BENCHMARKS[task.task]
