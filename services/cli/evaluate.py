@@ -133,14 +133,14 @@ def evaluate(
     )
     from services.cli.child import serving
 
-    console = Console(stderr=as_json)
+    aside, console = Console(stderr=True), Console(stderr=as_json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console) as shown:
+        with Progress(*columns, console=aside) as shown:
             results = asyncio.run(run.evaluate(chosen, serving, _progress(shown)))
     except (CallError, WeightsChanged) as error:
-        console.print(f"rlif: {error}", style="red", highlight=False, markup=False)
-        console.print(f"what was answered is kept in {chosen.out}: the same command goes on", highlight=False)
+        aside.print(f"rlif: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        aside.print(f"what was answered is kept in {chosen.out}: the same command goes on", highlight=False)
         raise typer.Exit(1) from error
     if as_json:
         typer.echo(results.model_dump_json())
@@ -154,8 +154,10 @@ def evaluate(
     if importlib.util.find_spec("matplotlib") is None:
         console.print("no plot: matplotlib is not installed (pip install 'rlif[demo]')", style="dim")
     else:
-        console.print(f"plot    {report.plot(results, families, chosen.out / 'results.png')}", highlight=False)
-    console.print(f"figures {chosen.out / 'results.json'}", highlight=False)
+        console.print(
+            f"plot    {report.plot(results, families, chosen.out / 'results.png')}", highlight=False, soft_wrap=True
+        )
+    console.print(f"figures {chosen.out / 'results.json'}", highlight=False, soft_wrap=True)
 
 
 def _progress(shown: Progress) -> Callable[[str, int], Callable[[int], None]]:

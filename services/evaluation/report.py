@@ -126,8 +126,8 @@ def beside_paper(results: Results, families: Sequence[str]) -> Group | None:
     if not columns:
         return None
     chosen = [[row for row in paper.ROWS if row.family == family] for family in families]
-    numbers = ", ".join(map(str, sorted({row.table for rows in chosen for row in rows})))
-    title = f"{results.model} beside tables {numbers} of {paper.SOURCE} (percent)"
+    numbers = sorted({row.table for rows in chosen for row in rows})
+    title = f"Beside {paper.SOURCE}, table {' and '.join(map(str, numbers))} (percent)"
     ours = [["this model", *(_number(_headline(task), 1) for _, task in columns)]]
     theirs = [
         [[row.name, *(_number(row.value(column), 1) for column, _ in columns)] for row in rows] for rows in chosen
