@@ -75,8 +75,8 @@ class Bands(Section):
 
     `length` in tokens; `distinct`, distinct bigrams of a group's completions over all their bigrams; `entropy` in nats
     per token; `stopped`, the share that ended by itself; `answers`, distinct final answers of a group over its size;
-    `kl` from the reference in nats per token (needs `trainer.kl_beta` above 0); `auc`, how often a right answer of the
-    evaluation is surer than a wrong one (needs `evaluation`).
+    `kl` from the reference in nats per token (needs `trainer.kl_beta` above 0). Of the evaluations (they need
+    `evaluation`): `accuracy`, and `auc`, how often a right answer is surer than a wrong one.
     """
 
     length: Band | None = Band(low=0.4, high=2.5)
@@ -85,6 +85,7 @@ class Bands(Section):
     stopped: Band | None = Band(low=0.5)
     answers: Band | None = Band(low=0.4)
     kl: Band | None = Band(at_most=5.0)
+    accuracy: Band | None = Band(low=0.5)
     auc: Band | None = Band(low=0.8)
 
 

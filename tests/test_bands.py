@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.orchestrator.bands import PER_STEP, Judge
+from services.orchestrator.bands import EVALUATED, PER_STEP, Judge
 from services.recipe_watching import Band, Bands, Guard
 
 NORMAL = {"reward": 1.0, "length": 30.0, "distinct": 0.8, "entropy": 0.9, "stopped": 0.95, "answers": 0.6, "kl": 0.01}
@@ -85,7 +85,7 @@ def test_what_is_missing_is_neither_in_nor_out():
 
 def test_certainty_that_no_longer_tells_right_from_wrong():
     rows = [{"step": step, **NORMAL} for step in range(1, 13)]
-    evaluations = [{"step": step, "auc": auc} for step, auc in [(0, 0.8), (4, 0.78), (8, 0.75), (10, 0.5), (12, 0.45)]]
+    evaluations = [{"step": step, "auc": auc} for step, auc in [(0, 0.8), (4, 0.5), (8, 0.75), (10, 0.5), (12, 0.45)]]
     alarms, _ = judged(sorted([*rows, *evaluations], key=lambda row: row["step"]))
     assert [(alarm.signal, alarm.step, alarm.since) for alarm in alarms] == [("auc", 12, 10)]
 
@@ -99,8 +99,8 @@ def test_a_noisy_signal_has_a_wider_band_than_its_factor():
 
 def test_signals_can_be_switched_off_and_every_signal_has_a_band():
     judge = Judge(Guard(bands=Bands(length=None, auc=None)))
-    assert set(judge.series) == set(PER_STEP) - {"length"}
-    assert set(Bands.model_fields) == {*PER_STEP, "auc"}
+    assert set(judge.series) == {*PER_STEP, "accuracy"} - {"length"}
+    assert set(Bands.model_fields) == {*PER_STEP, *EVALUATED}
 
 
 def test_ratio_is_to_the_baseline():

@@ -16,7 +16,7 @@ from services import recipe
 from services.api import RolloutGroup
 from services.clients import RolloutClient
 from services.contract import Completion, Version
-from services.demo import comparison, report, task
+from services.demo import comparison, curves, report, task
 from services.demo.arms import ARMS, rewards
 from services.demo.evaluation import Evaluation, WayFigures, _answers, evaluate, measure
 from services.demo.task import Problem
@@ -422,6 +422,19 @@ def test_table_shows_before_after_and_change():
     text = printed(report.table(made("self_certainty", 0)))
     assert re.search(r"accuracy, sampled\W+31\.0 %\W+60\.0 %\W+\+29\.0", text)
     assert re.search(r"answers step by step\W+30\.0 %\W+80\.0 %\W+\+50\.0", text)
+
+
+def test_curves_have_a_column_for_each_arm(tmp_path):
+    from matplotlib.image import imread
+
+    def steps(count):
+        fields = [field for field, *_ in curves.ROWS]
+        return [{"step": step, **dict.fromkeys(fields, None if step == 2 else 0.1 * step)} for step in range(1, count)]
+
+    one = imread(curves.plot({"random": [steps(5)]}, tmp_path / "one.png"))
+    two = imread(curves.plot({"random": [], "both": [steps(5), steps(9)], "format": [steps(4)]}, tmp_path / "two.png"))
+    assert two.shape[0] == one.shape[0] and 1.5 < two.shape[1] / one.shape[1] < 2
+    assert two.std() > 0.05
 
 
 def test_comparison_has_every_run_and_the_means():

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from served import served
 
 from services import commands, recipe
-from services.commands import Obeyed, RaiseBeta, RollBack, Stop
+from services.commands import EvaluationResult, Obeyed, RaiseBeta, RollBack, Stop
 from services.contract import Version
 from services.keys import Keys
 from services.orchestrator.guard import ACTIONS, BY_GUARD, COLUMNS, Guard
@@ -187,14 +187,50 @@ async def test_without_a_kl_term_there_is_no_kl_to_judge(redis_url):
         assert len(await run.orders()) == 1
 
 
+def evaluated(step: int, lineage: int = 0, **metrics: float) -> EvaluationResult:
+    version = Version(lineage=lineage, version=step)
+    return EvaluationResult(
+        version=version, oldest=version, newest=version, tasks=8, failed=0, metrics=metrics, best=False, seconds=1.0
+    )
+
+
 async def test_a_falling_auc_of_evaluations_counts(redis_url):
     async with bench(redis_url, action="stop") as run:
+        await run.guard.note(evaluated(0, auc=0.9))
         await normal(run, 1, 4)
-        for step, auc in ((0, 0.9), (2, 0.9), (4, 0.5)):
-            await run.guard.note_evaluation(step, 0, auc)
+        await run.guard.note(evaluated(2, length=9.0))  # nothing right: no auc
+        await run.guard.note(evaluated(4, auc=0.5))
         assert await run.orders() == []
-        await run.guard.note_evaluation(6, 0, 0.5)
+        await run.guard.note(evaluated(6, auc=0.5))
         assert "auc is 0.5" in (await run.orders())[0].reason
+
+
+async def test_a_collapse_that_begins_with_the_first_steps_shows_in_the_accuracy(redis_url):
+    async with bench(redis_url, action="roll_back") as run:
+        await run.guard.note(evaluated(0, accuracy=0.4))
+        for step in range(1, 5):
+            await run.step(step, length=30.0 / step)  # such is the baseline of its length
+            if step % 2 == 0:
+                await run.guard.note(evaluated(step, accuracy=0.1))
+        (back,) = await run.orders()
+        assert isinstance(back, RollBack) and back.before == 2
+        assert back.reason.startswith("step 4: accuracy is 0.1, below 0.2 since step 2")
+
+
+async def test_evaluations_from_before_a_restart_are_judged_again(redis_url):
+    results = [evaluated(0, accuracy=0.4), evaluated(2, accuracy=0.1), evaluated(4, 1, accuracy=0.4)]
+    async with bench(redis_url, "guard-evaluated", action="stop") as run:
+        await normal(run, 1, 3)
+        await normal(run, 3, 5, lineage=1, start=2)
+    async with bench(redis_url, "guard-evaluated", action="stop") as again:
+        again.guard.remember(results)
+        await again.take()
+        assert again.guard.earlier == [] and again.guard.judge.series["accuracy"].first == [0.4]
+        assert [look.value for look in again.guard.judge.series["accuracy"].looks] == [0.1, 0.4]
+        await again.guard.note(evaluated(6, 1, accuracy=0.1))
+        assert await again.orders() == []
+        await again.guard.note(evaluated(8, 1, accuracy=0.1))
+        assert len(await again.orders()) == 1
 
 
 @pytest.mark.parametrize("action", ["alarm", "stop"])

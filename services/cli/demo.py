@@ -178,7 +178,8 @@ def demo_all(
     arms: Annotated[str, typer.Option(help=f"Comma-separated arms, of {', '.join(ARMS)}.")] = ",".join(COMPARED),
 ) -> None:
     """Arms over three seeds, then the table that compares them (arms that were run already are not run again)."""
-    from services.demo import comparison, report
+    from services.demo import comparison, curves, report
+    from services.steps import read_steps
 
     logs.configure("WARNING")
     console = Console()
@@ -202,6 +203,10 @@ def demo_all(
     console.print(comparison.table(reports))
     (folder / "comparison.md").write_text(comparison.markdown(reports))
     console.print(f"the same as markdown: {folder / 'comparison.md'}", highlight=False)
+    steps: dict[Arm, list] = {}
+    for one in reports:
+        steps.setdefault(one.arm, []).append(read_steps(folder / f"{one.arm}-{one.seed}" / "steps.jsonl"))
+    console.print(f"learning curves: {curves.plot(steps, folder / 'comparison.png')}", highlight=False)
 
 
 def demo_model(

@@ -23,8 +23,8 @@ TO_SIGMA = 1.4826
 """From the median absolute deviation of Gaussian noise to its standard deviation."""
 REWARD_SPREADS, REWARD_SLACK = 2.0, 0.05
 """The reward holds unless its recent median is lower by more than so many spreads of the baseline, and this share."""
-EVALUATIONS = 2
-"""Evaluations give few values: the first two are the baseline, and two in a row are an alarm."""
+EVALUATED, FIRST, IN_A_ROW = ("accuracy", "auc"), 1, 2
+"""Evaluations give few values: the first is the baseline (of the model before training), two in a row are an alarm."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _beyond(value: float, low: float | None, high: float | None) -> bool:
 
 class Judge:
     """Looks at the rows of a history, in order. A row is {signal: number or none} with "step" and "reward"; the row of
-    an evaluation has "step" and "auc" alone."""
+    an evaluation has "step" and what it measured alone."""
 
     def __init__(self, guard: Guard):
         self.guard = guard
@@ -140,8 +140,10 @@ class Judge:
             band = getattr(guard.bands, name)
             if band is not None:
                 self.series[name] = Series(name, band, guard.baseline, guard.votes, guard.window, guard.sigmas)
-        if guard.bands.auc is not None:
-            self.series["auc"] = Series("auc", guard.bands.auc, EVALUATIONS, EVALUATIONS, EVALUATIONS, guard.sigmas)
+        for name in EVALUATED:
+            band = getattr(guard.bands, name)
+            if band is not None:
+                self.series[name] = Series(name, band, FIRST, IN_A_ROW, IN_A_ROW, guard.sigmas)
 
     def look(self, row: Mapping[str, float | None]) -> list[Alarm]:
         """The alarms that the row raises."""

@@ -1,22 +1,23 @@
 """The collapse guard at work: reads what the trainer measured, raises alarms, and gives the orders the recipe asks for.
 
-It keeps no state of its own: the steps' numbers, the alarms told and the orders given are in Redis, so that after a
-restart it judges the same history again, and tells and orders nothing twice.
+It keeps no state of its own: the steps' numbers, evaluations, alarms told and orders given are in Redis, so that after
+a restart it judges the same history again, and tells and orders nothing twice.
 """
 
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
 from prometheus_client import Counter, Gauge
 
 from services import commands, webhook
-from services.commands import AnyOrder, Obeyed, RaiseBeta, RollBack, Stop
+from services.commands import AnyOrder, EvaluationResult, Obeyed, RaiseBeta, RollBack, Stop
 from services.contract import Version
 from services.keys import Keys
-from services.orchestrator.bands import Alarm, Judge
+from services.orchestrator.bands import EVALUATED, Alarm, Judge
 from services.recipe import Recipe
 from services.recipe_watching import Guard as Settings
 from services.redis import insist
@@ -53,6 +54,7 @@ class Guard:
         self.keys = Keys(recipe.run.name)
         self.judge = Judge(settings)
         self.rows: list[dict[str, Any]] = []
+        self.earlier: list[EvaluationResult] = []
         self.step, self.acted_at = 0, -settings.window
         self.pending = ""
         self._seen = "0-0"
@@ -86,9 +88,14 @@ class Guard:
             for task in self._telling:
                 task.cancel()
 
-    async def note_evaluation(self, step: int, lineage: int, auc: float) -> None:
-        """An evaluation of the weights of `step`, which is judged with the steps."""
-        await self._judge({"step": step, "lineage": lineage, "start": 0, "auc": auc})
+    def remember(self, results: Iterable[EvaluationResult]) -> None:
+        """Evaluations from before this start: each is judged after the step whose weights it is of."""
+        self.earlier = sorted(results, key=lambda result: result.version, reverse=True)
+
+    async def note(self, result: EvaluationResult) -> None:
+        """An evaluation that ended."""
+        place = {"step": result.version.version, "lineage": result.version.lineage, "start": 0}
+        await self._judge(place | {name: result.metrics.get(name) for name in EVALUATED})
 
     async def _read(self) -> list[dict[str, Any]]:
         async def read() -> Any:
@@ -105,7 +112,7 @@ class Guard:
         return rows
 
     async def _take(self, row: dict[str, Any]) -> None:
-        last = next((known for known in reversed(self.rows) if "auc" not in known), None)
+        last = next((known for known in reversed(self.rows) if "reward" in known), None)
         if last is not None and row["lineage"] > last["lineage"]:
             self._go_back(row["start"])
         elif last is not None and row["step"] <= last["step"]:
@@ -113,6 +120,8 @@ class Guard:
         if self.recipe.trainer.kl_beta == 0:
             row["kl"] = None  # nothing it could be measured from
         await self._judge(row)
+        while self.earlier and self.earlier[-1].version <= Version(lineage=row["lineage"], version=row["step"]):
+            await self.note(self.earlier.pop())
         self.step = row["step"]
 
     def _go_back(self, step: int) -> None:

@@ -170,6 +170,8 @@ class Loop:
             await self.evaluator.load()
         followers = [asyncio.create_task(desk.watch.follow())]
         if self.guard is not None:
+            if self.evaluator is not None:
+                self.guard.remember(self.evaluator.results.values())
             followers.append(asyncio.create_task(self.guard.follow()))
         for follower in followers:
             follower.add_done_callback(lambda _: self.wake.set())
@@ -328,9 +330,8 @@ class Loop:
         if self.evaluating is not None and self.evaluating.done():
             result = await self.evaluating
             self.evaluating = None
-            if self.guard is not None and "auc" in result.metrics and result.version.lineage >= self.floor:
-                version = result.version
-                await self.guard.note_evaluation(version.version, version.lineage, result.metrics["auc"])
+            if self.guard is not None and result.version.lineage >= self.floor:
+                await self.guard.note(result)
         due = self.evaluator.due()
         if self.evaluating is None and due is not None:
             self.evaluating = asyncio.create_task(self.evaluator.evaluate(due))
