@@ -65,7 +65,7 @@ def show(report: Report, console: Console) -> None:
     title = f"rewards, with the prompt {own.name}: how often what they like best is right"
     console.print(table(title, ["reward", f"best of {n}", "gain", "over majority"], rows))
     rows = [_order_row(reward) for reward in own.rewards]
-    title = f"how they order right and wrong of a group (length alone: AUC {_number(own.length_auc)}); r with length"
+    title = f"order inside groups (length alone: AUC {_number(own.length_auc)}); r: with length"
     console.print(table(title, ["reward", "AUC in groups", "beyond length", "r", "flat"], rows))
     show_verdict(report, console)
     for name, text in (("prompt", report.best_prompt), ("reward", report.best_reward)):
