@@ -15,6 +15,7 @@ from services.evaluation.protocol import PRESETS
 from services.evaluation.results import Certainty, Figure, ItemValue, Results, TaskFigures
 from services.evaluation.tasks import BENCHMARKS
 from services.startup import StartupError
+from services.table import table
 
 
 def evaluated(folder: Path, values: dict[str, list[float]], sha: str = "s") -> Path:
@@ -178,6 +179,8 @@ def test_tables_read_well_in_80_columns(tmp_path):
     for made in (report.figures_table, report.several_table, report.certainty_table):
         console.print(made(results))
     console.print(report.beside_paper(results, paper.FAMILIES))
+    console.print(table("metrics", ["metric", "mean"], [["components." + "x" * 100, "1.0"]]))
     text = console.export_text()
+    assert text.split("components.")[1].count("x") == 100
     assert "…" not in text and text.count("100.0 [100.0, 100.0]") == 7 * (1 + 4)
     assert all(f"{row.name} " in text for row in paper.ROWS)

@@ -245,6 +245,10 @@ TAKEN_BACK = ("data.fields=null", "data.answer_pattern=null")
 def test_prepared_data_is_read_as_the_run_reads_it(monkeypatch, capsys, prepared):
     path = f"data.path={prepared}"
     assert check(monkeypatch, capsys, GSM8K, path, *TAKEN_BACK)["rows"] == 2
+    one = prepared.with_name("one.jsonl")
+    one.write_text('{"prompt": "3 + 3?", "answer": "6"}\n')
+    evaluation = f"evaluation={{data: {{path: {one}}}, every: 50, rewards: grpo}}"
+    assert check(monkeypatch, capsys, GSM8K, path, *TAKEN_BACK, evaluation)["rows"] == 2
     other = "line 1: no field 'question'; it has 'id', 'source', 'prompt', 'answer'"
     assert other in check(monkeypatch, capsys, GSM8K, path)
     no_tests = "rewards: 'code_tests' needs the reference tests, which no row of"
