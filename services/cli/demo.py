@@ -203,10 +203,10 @@ def demo_all(
     console.print(comparison.table(reports))
     (folder / "comparison.md").write_text(comparison.markdown(reports))
     console.print(f"the same as markdown: {folder / 'comparison.md'}", highlight=False)
-    steps: dict[Arm, list] = {}
+    taken: dict[Arm, list] = {}
     for one in reports:
-        steps.setdefault(one.arm, []).append(read_steps(folder / f"{one.arm}-{one.seed}" / "steps.jsonl"))
-    console.print(f"learning curves: {curves.plot(steps, folder / 'comparison.png')}", highlight=False)
+        taken.setdefault(one.arm, []).append(read_steps(folder / f"{one.arm}-{one.seed}" / "steps.jsonl"))
+    console.print(f"learning curves: {curves.plot(taken, folder / 'comparison.png')}", highlight=False)
 
 
 def demo_model(
