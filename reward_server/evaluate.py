@@ -17,7 +17,7 @@ from reward_server.token_scores import TokenScores
 from reward_server.workers import Turn, WorkerPool
 from services import trail
 from services.api import RewardGroup
-from services.contract import GroupScores, Outcome, Score
+from services.contract import GroupScores, Outcome, Score, Task
 from services.problem import Problem
 from services.spec import RewardSpec, RewardTerm
 
@@ -58,6 +58,20 @@ class Means:
         return frozenset(part for part, is_there in parts.items() if is_there)
 
 
+def lacking(spec: RewardSpec, task: Task) -> tuple[RewardTerm, str] | None:
+    """The first reward that needs a reference which the task does not have, and which one; none: it has all."""
+    reference = task.reference
+    absent = {
+        "reference.answer": reference is None or not (reference.answer or "").strip(),
+        "reference.tests": reference is None or not reference.tests,
+    }
+    for term in spec.rewards:
+        for need in REWARDS[term.name].needs:
+            if absent.get(need) and is_routed(term, task.source):
+                return term, need
+    return None
+
+
 def check_groups(spec: RewardSpec, groups: list[RewardGroup]) -> None:
     """Raises Problem (422) that names the field: a text too long, a reference that a routed reward needs, or the
     version that a schedule goes by."""
@@ -72,17 +86,12 @@ def check_groups(spec: RewardSpec, groups: list[RewardGroup]) -> None:
                 '`"weight_version": {"version": N}`, N its optimizer steps'
             )
             raise Problem(422, "A weight version is missing", detail, f"groups[{place}].weight_version")
-        reference = group.task.reference
-        lacking = {
-            "reference.answer": reference is None or not (reference.answer or "").strip(),
-            "reference.tests": reference is None or not reference.tests,
-        }
-        for term in spec.rewards:
-            for need in REWARDS[term.name].needs:
-                if lacking.get(need) and is_routed(term, group.task.source):
-                    task = f"task {group.task.task_id!r}, source {group.task.source!r}"
-                    detail = f"the reward {term.key!r} needs it ({task})"
-                    raise Problem(422, "A reference is missing", detail, f"groups[{place}].task.{need}")
+        found = lacking(spec, group.task)
+        if found is not None:
+            term, need = found
+            task = f"task {group.task.task_id!r}, source {group.task.source!r}"
+            detail = f"the reward {term.key!r} needs it ({task})"
+            raise Problem(422, "A reference is missing", detail, f"groups[{place}].task.{need}")
 
 
 async def _term_scores(term: RewardTerm, params: Params, group: RewardGroup, context: Context) -> list[Score]:

@@ -1,5 +1,6 @@
 """Control arms: a recipe whose reward is replaced by one that a gain must not come from."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from services import recipe as recipes
@@ -10,12 +11,14 @@ Control = Literal["random", "format", "inverted"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 KEY = "control"
 """Key of the replacing term in `components`."""
+PLACES = (("run", "name"), ("run", "dir"), ("weights", "dir"))
 
 
-def with_control(recipe: Recipe, control: Control, spec: RewardSpec) -> Recipe:
+def with_control(recipe: Recipe, control: Control, spec: RewardSpec, overrides: Sequence[str] | None = None) -> Recipe:
     """The recipe as a control arm of itself. Only the reward changes, and the run's name and folders, which get the
-    arm's name as suffix. `spec` is the recipe's reward written out: its terms stay, measured and not trained on;
-    `inverted` trains on them with the opposite sign instead. Raises RecipeError.
+    arm's name as suffix, unless one of the `overrides` that the recipe was loaded with gives them. `spec` is the
+    recipe's reward written out: its terms stay, measured and not trained on; `inverted` trains on them with the
+    opposite sign instead. Raises RecipeError.
     """
     if control == "inverted":
         terms = [term.model_copy(update={"weight": -term.weight}) for term in spec.rewards]
@@ -24,9 +27,10 @@ def with_control(recipe: Recipe, control: Control, spec: RewardSpec) -> Recipe:
         measured = [term.model_copy(update={"weight": 0.0, "schedule": None}) for term in spec.rewards]
         terms = [RewardTerm(name=control, label=KEY, params=params), *measured]
     tree = recipe.model_dump(mode="json")
-    tree["run"] |= {"name": f"{recipe.run.name}-{control}", "dir": f"{recipe.run.dir}-{control}"}
-    if recipe.weights.dir is not None:
-        tree["weights"]["dir"] = f"{recipe.weights.dir}-{control}"
+    given = recipes.tree_of(overrides or [])
+    for section, key in PLACES:
+        if tree[section][key] is not None and key not in (given.get(section) or {}):
+            tree[section][key] = f"{tree[section][key]}-{control}"
     tree["rewards"] = [term.model_dump(mode="json") for term in terms]
     tree["combine"] = spec.combine.model_dump(mode="json")
     return recipes.parse(tree)

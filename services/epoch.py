@@ -1,37 +1,9 @@
 """A recipe's batch arithmetic: completions a step, rows an epoch, steps that one epoch makes."""
 
-from pathlib import Path
-
-from services.preparation import manifest
-from services.preparation.known import published_rows
 from services.recipe import Recipe, RecipeError
-from services.recipe_sections import Data
-from services.rows import FILES
 
 PUBLISHED_STEPS = {(7500, 128): 58, (7500, 64): 117}
 """Steps of one epoch of MATH by rows and problems a step, in the table of hyperparameters of arXiv 2505.19590."""
-
-
-def rows_of(data: Data) -> int | None:
-    """How many rows the data has, as far as this machine knows without a network: of a file, or of a data set on the
-    hub that is known by name."""
-    prepared = manifest.read(data.path)
-    path = Path(data.path)
-    if prepared is not None:
-        rows = int(prepared["rows"]["out"])
-    elif path.is_file() and FILES.get(path.suffix) == "jsonl":
-        with path.open("rb") as lines:
-            rows = sum(1 for line in lines if line.strip())
-    elif path.is_file() and FILES.get(path.suffix) == "parquet":
-        from pyarrow import parquet
-
-        rows = parquet.read_metadata(path).num_rows
-    else:
-        published = published_rows(data.path, data.split)
-        if published is None:
-            return None
-        rows = published
-    return rows if data.limit is None else min(rows, data.limit)
 
 
 def facts(recipe: Recipe, rows: int) -> dict[str, int | float]:

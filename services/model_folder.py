@@ -1,9 +1,12 @@
 """A model's files on this machine, and how transformers is to run it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from services.startup import StartupError
+
+HUB_SECONDS = 10.0
 
 
 def check_local(model: str, key: str = "--model") -> Path | None:
@@ -19,6 +22,28 @@ def check_local(model: str, key: str = "--model") -> Path | None:
     return None
 
 
+def check_available(model: str, revision: str | None, key: str) -> None:
+    """Before anything is started for it, and without the many attempts of a download. Raises StartupError, which begins
+    with `key`: the model is no folder here, was never downloaded, and the hub does not have it or does not answer."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if check_local(model, key) or isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+        return
+    try:
+        HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
+    except Exception as error:  # the hub client raises from half a dozen unrelated trees
+        raise StartupError(f"{key} {model}: neither a folder here nor to be had from the hub: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def quiet_hub() -> None:
+    """For a command that tells how asking the hub ended: its client, imported later, tells of every attempt."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
 def model_folder(model: str, revision: str | None) -> Path:
     """The local folder of a model, fetched from the Hugging Face hub if `model` is a name. Raises StartupError."""
     if folder := check_local(model):
@@ -29,8 +54,9 @@ def model_folder(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises from half a dozen unrelated trees
-        reason = str(error).strip().splitlines()[0]
-        raise StartupError(f"--model {model}: neither a folder here nor to be had from the hub: {reason}") from error
+        raise StartupError(
+            f"--model {model}: neither a folder here nor to be had from the hub: {_why(error)}"
+        ) from error
 
 
 def attention_for(config: Any, wanted: str = "sdpa") -> str:

@@ -1,6 +1,7 @@
 """One YAML recipe -> typed settings. Every service reads its own section; a bad key or value is refused by name."""
 
 import os
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -203,6 +204,14 @@ def explain(error: ValidationError) -> str:
             given = "" if unshown else f" (got {fault['input']!r:.200})"
             lines.append(f"{key}: {message}{given}" if key != "recipe" else message)
     return "\n".join(lines)
+
+
+def tree_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """What `overrides` alone say. Raises RecipeError."""
+    tree: dict[str, Any] = {}
+    for assignment in overrides:
+        _override(tree, assignment)
+    return tree
 
 
 def parse(tree: Any, overrides: list[str] | None = None) -> Recipe:

@@ -4,7 +4,7 @@ data set on the Hugging Face hub."""
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -32,9 +32,17 @@ def is_file(path: str) -> bool:
     return Path(path).suffix in FILES or Path(path).is_file()
 
 
+def is_local(path: str) -> bool:
+    """Whether `path` means a file or a folder, be it there or not, and no name on the hub."""
+    looks_so = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    return looks_so or is_file(path) or Path(path).is_dir()
+
+
 def table(path: str, config: str | None = None, split: str = "train", revision: str | None = None) -> Table:
     """Raises DataError, which begins with `data.path` or `data.split`: there is no such thing."""
     if not is_file(path):
+        if is_local(path) and not Path(path).is_dir():
+            raise DataError(f"data.path: there is no file or folder {path!r}")
         return _dataset(path, config, split, revision)
     kind = FILES.get(Path(path).suffix)
     if kind is None:
@@ -50,8 +58,15 @@ def check_columns(where: str, columns: list[str], present: Sequence[str], kind: 
             raise DataError(f"{where}: no {kind} {name!r}; it has {', '.join(map(repr, present))}")
 
 
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"data.path: {str(path)!r} cannot be read: {error.strerror}") from error
+
+
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as lines:
+    with _opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

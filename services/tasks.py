@@ -6,13 +6,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import orjson
 from pydantic import ValidationError
 
-from services import prompts
+from services import prompts, rows
 from services.contract import Message, Reference, Task
+from services.preparation import known, manifest
 from services.recipe_sections import Data, Fields
 from services.rows import DataError, Row, Table
 
@@ -31,13 +33,23 @@ def fields_of(data: Data, columns: list[str]) -> Fields:
     return Fields(**named, reference={name: name for name in columns if name not in STANDARD})
 
 
-def tasks(rows: Table, data: Data, chat: bool = True, seed: int = 0) -> list[Task]:
+def read(data: Data, chat: bool = True, seed: int = 0) -> list[Task]:
+    """`tasks` of the rows that `data` names, which must be those that their manifest, if they have one, was written
+    for. Raises DataError."""
+    path = Path(data.path)
+    if rows.is_file(data.path) and not path.is_file():
+        raise DataError(f"data.path: there is no file {data.path!r}{known.how_to_make(path, data.source)}")
+    manifest.check(data.path)
+    return tasks(rows.table(data.path, data.config, data.split, data.revision), data, chat, seed)
+
+
+def tasks(table: Table, data: Data, chat: bool = True, seed: int = 0) -> list[Task]:
     """Of the first `data.limit` rows, in their order. With `chat` tasks are `messages` (a text prompt becomes the
     user's turn), else the plain `prompt`, the system prompt above it. `seed` chooses among a prompt's templates.
 
     Raises DataError.
     """
-    fields = fields_of(data, rows.columns)
+    fields = fields_of(data, table.columns)
     if not chat and fields.messages is not None:
         raise DataError(
             "data.fields.messages: the model's tokenizer has no chat template; use a column of text: fields.prompt"
@@ -45,7 +57,7 @@ def tasks(rows: Table, data: Data, chat: bool = True, seed: int = 0) -> list[Tas
     pattern = None if data.answer_pattern is None else re.compile(data.answer_pattern)
 
     def located() -> Iterator[tuple[str, Task]]:
-        for where, row in islice(rows.read(fields.columns), data.limit):
+        for where, row in islice(table.read(fields.columns), data.limit):
             try:
                 yield where, _task(row, data, fields, pattern, chat, seed)
             except ValueError as error:

@@ -41,6 +41,23 @@ def test_only_the_reward_and_the_place_change(control):
     recipes.check_rewards(arm)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name", "folder", "weights"),
+    [
+        ([], "math-random", "runs/math-random", "/shared/weights-random"),
+        (["run.dir=/mine"], "math-random", "/mine", "/shared/weights-random"),
+        (["run={name: x, dir: /mine}", "weights.dir=/w"], "x", "/mine", "/w"),
+        (["weights.dir=null"], "math-random", "runs/math-random", "None"),
+    ],
+)
+def test_a_place_that_is_given_stays(tmp_path, overrides, name, folder, weights):
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe.yaml.safe_dump(TREE))
+    arm = recipes.load_arm(path, overrides, "random")
+    assert (arm.run.name, str(arm.run.dir), str(arm.weights.dir)) == (name, folder, weights)
+    assert arm.spec.rewards[0].name == "random"
+
+
 def test_a_preset_is_written_out(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(recipe.yaml.safe_dump({**{k: v for k, v in TREE.items() if k != "combine"}, "rewards": "intuitor"}))

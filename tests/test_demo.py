@@ -495,3 +495,14 @@ def test_the_reward_servers_exact_match_takes_the_demos_pattern():
     for term in rewards("verifiable"):
         if term.name == "exact_match":
             assert ExactMatchParams(**term.params).regex == task.ANSWER_PATTERN
+
+
+@pytest.mark.parametrize(("command", "option"), [("demo", "--reward"), ("demo-all", "--arms")])
+def test_an_arm_that_there_is_not_is_refused_by_its_option(monkeypatch, command, option):
+    from typer.testing import CliRunner
+
+    from services.cli.main import app
+
+    monkeypatch.setattr("services.cli.demo.run_demo", lambda *_: pytest.fail("nothing may start"))
+    done = CliRunner().invoke(app, [command, option, "foo"])
+    assert str(done.exception) == f"{option} foo: choose {', '.join(ARMS)}"

@@ -12,9 +12,10 @@ from services.cli.main import app
 from services.evaluation import comparison, paper, report
 from services.evaluation.benchmark import Benchmark
 from services.evaluation.protocol import PRESETS
-from services.evaluation.results import Figure, ItemValue, Results, TaskFigures
+from services.evaluation.results import Certainty, Figure, ItemValue, Results, TaskFigures
 from services.evaluation.tasks import BENCHMARKS
 from services.startup import StartupError
+from services.table import table
 
 
 def evaluated(folder: Path, values: dict[str, list[float]], sha: str = "s") -> Path:
@@ -97,9 +98,10 @@ def test_one_training_run_a_side_has_no_test(tmp_path):
 def test_the_command_prints_a_table_notes_and_json(tmp_path):
     base = evaluated(tmp_path / "base", {"gsm8k": [0.0, 1.0]})
     tuned = evaluated(tmp_path / "tuned", {"gsm8k": [1.0, 1.0]}, sha="other")
-    done = CliRunner().invoke(app, ["compare", str(base), str(tuned)], env={"COLUMNS": "200"})
-    assert done.exit_code == 0 and "McNemar, 2 items" in done.stdout and "+0.5" in done.stdout
-    assert "the evaluations differ in protocol, tasks or questions" in done.stdout
+    done = CliRunner().invoke(app, ["compare", str(base), str(tuned)], env={"COLUMNS": "80"})
+    told = " ".join(done.stdout.split())
+    assert done.exit_code == 0 and "McNemar, 2 items (gsm8k)" in told and "+0.5 [+0, +1]" in told
+    assert "the evaluations differ in protocol, tasks or questions" in told
     as_json = CliRunner().invoke(app, ["compare", str(base), str(tuned), "--json"])
     assert comparison.Comparison.model_validate_json(as_json.stdout).differences[0].p == 1.0
 
@@ -135,8 +137,50 @@ def test_the_table_beside_the_paper(tmp_path):
     from rich.console import Console
 
     results, _ = report.read(evaluated(tmp_path / "e", {"gsm8k": [1.0, 0.0], "ifeval": [1.0]}))
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(report.table(results), report.beside_paper(results, ["3b"]))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.figures_table(results), report.beside_paper(results, ["3b"]))
     shown = console.export_text()
-    assert "50.0 [0.0, 100.0]" in shown and "79.2" in shown and "74.7" not in shown and shown.count("IFEval") == 1
+    assert (
+        "50.0 [0.0, 100.0]" in shown
+        and "79.2" in shown
+        and "74.7" not in shown
+        and shown.count("IFEval") == 1
+        and "…" not in shown
+    )
+    assert report.remarks(results) == []
     assert report.plot(results, ["3b"], tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_what_makes_a_figure_another_thing_than_the_papers_is_said(tmp_path):
+    results, _ = report.read(evaluated(tmp_path / "e", {"gsm8k": [1.0, 0.0], "ifeval": [1.0]}))
+    math, instructions = results.tasks
+    lost = math.model_copy(
+        update={"left_out": 98, "failed": {"timeout": 1, "unanswered": 2}, "samples": 4, "at_least": 0.2}
+    )
+    cut = instructions.model_copy(update={"left_out": 3})
+    assert report.remarks(results.model_copy(update={"tasks": [lost, cut]})) == [
+        "GSM8K: the first 2 of 100 questions (--limit); the paper's figure is of all",
+        "GSM8K: 3 of 8 answers are not in the figure (1 timeout, 2 unanswered); were they wrong, it would be 20.0",
+        "IFEval: the first 1 of 4 questions (--limit)",
+    ]
+
+
+def test_tables_read_well_in_80_columns(tmp_path):
+    """Nothing is cut off, and no figure is broken in two lines."""
+    from rich.console import Console
+
+    figure = Figure(value=1.0, low=1.0, high=1.0, items=9)
+    said = Certainty(scorer="s", right=17.2, wrong=16.1, auc=0.61, r=0.2, p=0.031, surest=figure, borda=figure)
+    results, _ = report.read(evaluated(tmp_path / "e", {name: [1.0] for name in BENCHMARKS}))
+    many = {"samples": 8, "failed": {"unanswered": 12}, "by_seed": {"0": 0.5}, "certainty": said, "length": 2048.0}
+    many |= {"pass_at": {"1": figure, "8": figure}, "majority": figure, "stopped": 1.0, "value": figure}
+    results = results.model_copy(update={"tasks": [task.model_copy(update=many) for task in results.tasks]})
+    console = Console(width=80, record=True, file=io.StringIO())
+    for made in (report.figures_table, report.several_table, report.certainty_table):
+        console.print(made(results))
+    console.print(report.beside_paper(results, paper.FAMILIES))
+    console.print(table("metrics", ["metric", "mean"], [["components." + "x" * 100, "1.0"]]))
+    text = console.export_text()
+    assert text.split("components.")[1].count("x") == 100
+    assert "…" not in text and text.count("100.0 [100.0, 100.0]") == 7 * (1 + 4)
+    assert all(f"{row.name} " in text for row in paper.ROWS)

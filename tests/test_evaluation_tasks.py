@@ -55,7 +55,9 @@ def test_math500_is_the_same_from_either_copy():
 def test_a_protocol_says_where_it_departs_from_its_preset():
     assert described(PRESETS["paper"]) == "paper"
     changed = PRESETS["paper"].model_copy(update={"temperature": 0.9, "samples": 8})
-    assert described(changed) == "paper with temperature 0.9, samples 8"
+    assert described(changed) == "paper, but temperature 0.9, 8 answers to each question"
+    bare = PRESETS["open_r1"].model_copy(update={"prompt": None, "plain": True, "max_tokens": 99, "seeds": [0, 1]})
+    assert described(bare) == "open_r1, but no prompt around problems, no chat template, at most 99 tokens, 2 seeds"
 
 
 def test_keys_name_what_decides_an_answer_and_nothing_else():
@@ -228,7 +230,8 @@ def test_a_file_becomes_questions(tmp_path):
     write(tmp_path / "gsm8k_test.jsonl", GSM8K, other, GSM8K)
     found = sources.load(BENCHMARKS["gsm8k"], tmp_path, None)
     assert [item.prompt for item in found.items] == ["How many?", "How much?"]
-    assert len(sources.load(BENCHMARKS["gsm8k"], tmp_path, 1).items) == 1
+    first = sources.load(BENCHMARKS["gsm8k"], tmp_path, 1)
+    assert (len(first.items), first.left_out, found.left_out) == (1, 2, 0)
     write(tmp_path / "gsm8k_test.jsonl", dict(reversed(GSM8K.items())), other, GSM8K)
     assert sources.load(BENCHMARKS["gsm8k"], tmp_path, None).sha256 == found.sha256
 

@@ -1,18 +1,23 @@
 """The preflight: figures against slow oracles, the verdict on models whose runs are known, and real servers."""
 
+import io
 import json
 import math
+import os
 import random
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from served import served
 from tiny import make_tiny_tokenizer
 
 from services import prompts, recipe
+from services.cli.preflight import EXIT_STOP
 from services.clients import BlockingRewardClient
 from services.contract import (
     Completion,
@@ -30,6 +35,7 @@ from services.intervals import Interval
 from services.preflight import report, sweep, verdict
 from services.preflight.figures import PromptFigures, RewardFigures, measure, read
 from services.preflight.sample import with_spec
+from services.preflight.tables import show
 from services.preflight.terms import INTRINSIC, Terms, find_judge, measured
 from services.preflight.verdict import COPIES, ENDLESS, FEW, QUIET, SETTLED, SILENT, decide
 from services.spec import RewardSpec, RewardTerm
@@ -542,6 +548,64 @@ def test_a_preflight_by_running_servers(urls, recipe_file, tmp_path, monkeypatch
         assert not any("preflight" in entry.name for entry in client.list_specs())
 
 
+def test_the_recipes_own_prompt_alone_with_an_exit_code_for_stop(urls, recipe_file, monkeypatch, capfd):
+    options = ("--rollout-url", urls[0], "--reward-url", urls[1], "--prompts", FEW, "--samples", 2, "--own-prompt")
+    silent = ("rewards=[{name: constant}]", "combine={normalize: none}")
+    code, shown, _ = run(monkeypatch, capfd, "preflight", recipe_file, *silent, *options, "--json")
+    found = report.Report.model_validate_json(shown)
+    assert (code, found.verdict.level) == (EXIT_STOP, "stop") and EXIT_STOP not in (0, 1, 2)
+    assert [prompt.name for prompt in found.prompts] == ["none"] and found.sweep == ""
+
+
+def test_data_that_is_here_is_looked_at_before_anything_is_asked_or_started(recipe_file, tmp_path, monkeypatch, capfd):
+    def not_yet(*_, **__):
+        pytest.fail("too early")
+
+    for name in (
+        "services.cli.preflight.check_available",
+        "services.cli.child.starting",
+        "services.cli.run.run_recipe",
+    ):
+        monkeypatch.setattr(name, not_yet)
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1"}\n')
+    for command in ("preflight", "up"):
+        code, _, said = run(monkeypatch, capfd, command, recipe_file, "model.path=some/model")
+        assert code == 2 and "rows.jsonl line 1: no field 'prompt'; it has 'question'" in said.splitlines()[-1]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(recipe_file):
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "services.cli.main", "preflight", str(recipe_file), "model.path=some/model"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and not done.stdout
+    line = done.stderr.strip()
+    assert line.startswith("rlif: model.path some/model: neither a folder here nor to be had") and "\n" not in line
+
+
+def test_the_tables_read_well_in_80_columns():
+    """Nothing is cut off, and no figure is broken in two lines."""
+    reward = {"gain": Interval(mean=-0.213, low=-0.29, high=-0.12), "beyond_length": around(0.53, 0.1)}
+    reward |= {"over_majority": Interval(mean=0.58, low=0.5, high=0.65), "length_correlation": -0.44}
+    names = ("recipe", *INTRINSIC, "majority_vote", "certainty_weighted_vote")
+    rewards = [reward_of(name, best=0.859, **reward) for name in names]
+    measured_prompts = [
+        prompt_of(*rewards, name=name, over_own=reward["gain"], majority=around(0.668, 0.1))
+        for name in ("data.system_prompt", *(prompt.name for prompt in prompts.every()))
+    ]
+    own = measured_prompts[0]
+    found = report.Report(
+        run="r", model="m", data="d", seed=0, samples=8, judge="math_verify", sweep="", weight_version="0.0",
+        seconds=1.0, verdict=decide(own, 8, True, ["self_certainty"]), limits=report.limits(True, Version()),
+        best_prompt="b", best_reward="b", prompts=measured_prompts,
+    )  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    show(found, console)
+    text = console.export_text()
+    assert "…" not in text and text.count(" (-29 to -12)") == len(names) + len(measured_prompts)
+    assert text.count("0.53 (0.43 to 0.63)") == len(names) == text.count("85.9 (76 to 96)")
+    assert all(text.count(f"\n{name} ") == 2 for name in (*names, *(prompt.name for prompt in measured_prompts)))
+
+
 def test_a_preflight_without_answers(urls, recipe_file, monkeypatch, capfd):
     options = ("--rollout-url", urls[0], "--reward-url", urls[1], "--prompts", 3, "--samples", 2)
     chosen = yaml.safe_load(recipe_file.read_text())
@@ -577,7 +641,7 @@ def test_up_refuses_on_a_stop_sign_of_servers_that_it_starts(recipe_file, monkey
     """A reward that says the same of every completion teaches nothing."""
     monkeypatch.setattr("services.cli.run.run_recipe", lambda *_: pytest.fail("it must not start"))
     code, _, said = run(monkeypatch, capfd, "up", recipe_file, "rewards=[{name: constant}]", "--preflight")
-    assert code == 2
+    assert code == EXIT_STOP
     last = said.strip().splitlines()[-1]
     assert last.startswith("rlif: --preflight: do not train on this as it is: in 100.0 % of the groups")
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -335,6 +336,23 @@ def test_7500_rows_take_seconds(run, tmp_path):
     assert account["rows"]["out"] == 7500 and time.process_time() - started < 30
 
 
+def test_the_overrides_that_a_recipe_needs_are_told(monkeypatch, capsys, tmp_path):
+    """Pasted behind the recipe of the data set's own columns, it reads the file."""
+    gsm8k = Path(__file__).parent.parent / "recipes" / "gsm8k.yaml"
+    source = write_jsonl(tmp_path / "m.jsonl", MATH)
+    for name, options in (("bare", ()), ("with prompt", ("--prompt", "verl-1.5b@1"))):
+        out = tmp_path / f"{name}.jsonl"
+        code, told, _ = rlif(
+            monkeypatch, capsys, "data", "prepare", "math", out, "--file", source, "--no-verify", *options
+        )
+        line = next(line for line in told.splitlines() if line.startswith("  in a recipe: "))
+        overrides = shlex.split(line.removeprefix("  in a recipe: "))
+        assert code == 0 and overrides[0] == f"data.path={out}"
+        chosen = recipe.load(gsm8k, overrides)
+        tasks = data.load(chosen, make_tiny_tokenizer(), chosen.data.model_copy(update={"max_prompt_tokens": 4096}))
+        assert len(tasks.tasks) == 20 and tasks.tasks[0].messages[0].role == "system"
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------
 
 
@@ -342,14 +360,17 @@ def test_7500_rows_take_seconds(run, tmp_path):
     ("arguments", "says"),
     [
         (["math", "o.parquet", "--file", "M"], "o.parquet: the file to write ends in .jsonl"),
-        (["math", "o.jsonl", "--file", "absent.jsonl"], "data.path: there is no file 'absent.jsonl'"),
+        (["math", "o.jsonl", "--file", "absent.jsonl"], "rlif: --file absent.jsonl: there is no such file"),
         (["math", "o.jsonl", "--file", "M", "--fields", "prompt=q"], "--fields: the columns of 'math' are known"),
         (["M", "o.jsonl", "--file", "M"], "--file M: is for a data set known by name (math, gsm8k,"),
         (["M", "o.jsonl", "--fields", "prompt"], "--fields prompt: write prompt=COLUMN"),
-        (["M", "o.jsonl", "--fields", "promt=q"], "--fields promt=q: promt: unknown key"),
+        (
+            ["M", "o.jsonl", "--fields", "promt=q"],
+            "there is no field 'promt'; choose from prompt, messages, answer, tests, id, source,",
+        ),
         (["M", "o.jsonl", "--fields", "answer=q"], "exactly one of `prompt` and `messages`"),
         (["M", "o.jsonl", "--fields", "prompt=gone"], "no field 'gone'; it has 'problem', 'solution'"),
-        (["M", "o.jsonl"], "data.fields: say which column is what"),
+        (["M", "o.jsonl"], "rlif: --fields: say which column is what"),
         (["gsm8k", "o.jsonl", "--file", "M"], "no field 'question'"),
         (["C", "o.jsonl", "--prompt", "verl-boxed@1"], "is put around a text, and the rows of C.jsonl have whole"),
         (["math", "o.jsonl", "--file", "M", "--prompt", "nice"], "--prompt: there is no prompt 'nice'"),
@@ -357,8 +378,20 @@ def test_7500_rows_take_seconds(run, tmp_path):
         (["math", "o.jsonl", "--file", "M", "--rating", "1:2"], "--rating 1:2: only the problems of code_contests"),
         (["math", "o.jsonl", "--file", "M", "--pass-rates", "M", "--keep", "1:0"], "the lower end comes first"),
         (["math", "o.jsonl", "--file", "M", "--pass-rates", "M", "--keep", "x"], "--keep x: write LOW:HIGH"),
-        (["math", "o.jsonl", "--file", "M", "--decontaminate", "gone"], "there is no file gone"),
-        (["math", "o.jsonl", "--file", "M", "--tokenizer", "./gone"], "no tokenizer for './gone'"),
+        (
+            ["math", "o.jsonl", "--file", "M", "--decontaminate", "gone"],
+            "rlif: --decontaminate gone: a file must end in",
+        ),
+        (
+            ["math", "o.jsonl", "--file", "M", "--decontaminate", "g.jsonl"],
+            "rlif: --decontaminate g.jsonl: there is no",
+        ),
+        (["math", "o.jsonl", "--file", "M", "--pass-rates", "g.jsonl", "--keep", "0:1"], "rlif: --pass-rates g.jsonl:"),
+        (["gone.jsonl", "o.jsonl"], "rlif: there is no file 'gone.jsonl'"),
+        (["no/such/folder", "o.jsonl"], "rlif: there is no file or folder 'no/such/folder'"),
+        (["math", "o.jsonl", "--file", "M", "--max-tests", "3"], "rlif: --max-tests 3: the rows of 'M.jsonl' have no"),
+        (["C", "o.jsonl", "--max-tests", "3"], "rlif: --max-tests 3: the rows of 'C.jsonl' have no tests"),
+        (["math", "o.jsonl", "--file", "M", "--tokenizer", "./gone"], "rlif: --tokenizer: no tokenizer for './gone'"),
         (["math", "o.jsonl", "--file", "M", "--max-prompt-tokens", "9"], "--max-prompt-tokens 9: name the model"),
     ],
 )

@@ -116,8 +116,9 @@ def test_every_recipe_passes(monkeypatch, capsys, tmp_path, path):
     chosen = recipe.load(path)
     overrides = []
     if chosen.data.path.endswith(".jsonl"):
-        row = {"id": "1", "prompt": "p", "answer": "2", "tests": [{"input": "1", "output": "2"}]}
-        (tmp_path / "made.jsonl").write_text(f"{json.dumps(row)}\n" * 5000)
+        row = {"prompt": "p", "answer": "2", "tests": [{"input": "1", "output": "2"}]}
+        made = "".join(json.dumps({"id": str(number), **row}) + "\n" for number in range(5000))
+        (tmp_path / "made.jsonl").write_text(made)
         overrides.append(f"data.path={tmp_path}/made.jsonl")
     arguments = []
     if chosen.model.path in SHAPES:
@@ -178,8 +179,9 @@ def test_rows_are_counted_where_they_are(monkeypatch, capsys, tmp_path):
     gsm8k = ROOT / "recipes" / "gsm8k.yaml"
     assert check(monkeypatch, capsys, gsm8k)["rows"] == 7473
     assert "rows" not in check(monkeypatch, capsys, gsm8k, "data.path=somebody/else")
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
-    parquet.write_table(pyarrow.Table.from_pylist([{"a": 1}] * 3), tmp_path / "a.parquet")
+    row = {"question": "1 + 1?", "answer": "It is 2.\n#### 2"}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n\n{json.dumps(row)}\n")
+    parquet.write_table(pyarrow.Table.from_pylist([row] * 3), tmp_path / "a.parquet")
     for name, rows in [("a.jsonl", 2), ("a.parquet", 3)]:
         found = check(monkeypatch, capsys, gsm8k, f"data.path={tmp_path}/{name}")
         assert found["rows"] == rows and "a step has tasks more than once" in found["doubts"][0]
@@ -207,3 +209,105 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, capsys, arguments, 
 def test_epochs_by_hand():
     made = recipe.load(ROOT / "recipes" / "intuitor_then_grpo_math_3b.yaml")
     assert epoch.facts(made, 7500)["epochs"] == round(116 * 128 / 7500, 2)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(monkeypatch, capsys, tmp_path) -> Path:
+    """Two problems as `rlif data prepare gsm8k` writes them, with their manifest."""
+    from services.cli.main import main
+
+    rows = [{"question": f"{n} + {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in (1, 2)]
+    (tmp_path / "source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        "data",
+        "prepare",
+        "gsm8k",
+        tmp_path / "made.jsonl",
+        "--file",
+        tmp_path / "source.jsonl",
+        "--no-verify",
+    ]
+    monkeypatch.setattr(sys, "argv", ["rlif", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    capsys.readouterr()
+    return tmp_path / "made.jsonl"
+
+
+GSM8K, CODE = ROOT / "recipes" / "gsm8k.yaml", ROOT / "recipes" / "grpo_code_3b.yaml"
+TAKEN_BACK = ("data.fields=null", "data.answer_pattern=null")
+
+
+def test_prepared_data_is_read_as_the_run_reads_it(monkeypatch, capsys, prepared):
+    path = f"data.path={prepared}"
+    assert check(monkeypatch, capsys, GSM8K, path, *TAKEN_BACK)["rows"] == 2
+    one = prepared.with_name("one.jsonl")
+    one.write_text('{"prompt": "3 + 3?", "answer": "6"}\n')
+    evaluation = f"evaluation={{data: {{path: {one}}}, every: 50, rewards: grpo}}"
+    assert check(monkeypatch, capsys, GSM8K, path, *TAKEN_BACK, evaluation)["rows"] == 2
+    other = "line 1: no field 'question'; it has 'id', 'source', 'prompt', 'answer'"
+    assert other in check(monkeypatch, capsys, GSM8K, path)
+    no_tests = "rewards: 'code_tests' needs the reference tests, which no row of"
+    assert no_tests in check(monkeypatch, capsys, CODE, path)
+    prompt = (*TAKEN_BACK, "data.prompt=code-contests@1")
+    assert check(monkeypatch, capsys, GSM8K, path, *prompt)["rows"] == 2
+    lines = prepared.read_text().splitlines()
+    row = json.loads(lines[0])
+    messages = {"id": "m", "messages": [{"role": "user", "content": row["prompt"]}], "answer": "2"}
+    whole = prepared.with_name("whole.jsonl")
+    whole.write_text(json.dumps(messages) + "\n")
+    assert "holds whole messages" in check(monkeypatch, capsys, GSM8K, f"data.path={whole}", *prompt)
+    prepared.write_text("\n".join(lines[:1]))
+    assert "has changed since it was prepared" in check(monkeypatch, capsys, GSM8K, path, *TAKEN_BACK)
+
+
+def test_what_some_rows_lack_is_doubtful(monkeypatch, capsys, tmp_path):
+    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "Why?", "answer": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = check(monkeypatch, capsys, GSM8K, f"data.path={tmp_path}/a.jsonl", *TAKEN_BACK, "trainer.groups_per_step=2",
+                  "rollout.groups_per_request=1")  # fmt: skip
+    assert found["doubts"] == [
+        f"rewards: 'math_verify' needs the reference answer, which 1 of 2 rows of '{tmp_path}/a.jsonl' lack: "
+        "they are left out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "says"),
+    [
+        ("demo", [], "no file 'runs/demo/train.jsonl'; `rlif demo-prepare DIR` makes DIR/train.jsonl, and"),
+        ("grpo_code_3b", [], "; `rlif data prepare code_contests code_contests.jsonl` makes one"),
+        ("gsm8k", ["data.path=a.jsonl", "data.source=mine"], "data.path: there is no file 'a.jsonl'"),
+        ("gsm8k", ["data.path=./mine"], "data.path: there is no file or folder './mine'"),
+        (
+            "gsm8k",
+            ["evaluation={data: {path: held.jsonl}, every: 50, rewards: grpo}"],
+            "evaluation.data.path: there is",
+        ),
+    ],
+)
+def test_data_that_is_missing_is_refused_with_what_makes_it(monkeypatch, capsys, tmp_path, name, overrides, says):
+    monkeypatch.chdir(tmp_path)
+    refused = check(monkeypatch, capsys, ROOT / "recipes" / f"{name}.yaml", *overrides)
+    assert isinstance(refused, str) and says in refused
+    assert refused.endswith("'a.jsonl'") or "mine" not in " ".join(overrides) or "./mine" in refused
+
+
+def test_a_file_that_may_not_be_read_is_refused(monkeypatch, capsys, prepared):
+    opened = Path.open
+
+    def forbidden(path, *arguments, **options):
+        """The tests may run as root, who may read everything."""
+        if path == prepared:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    for _ in ("with its manifest", "without"):
+        refused = check(monkeypatch, capsys, GSM8K, f"data.path={prepared}", *TAKEN_BACK)
+        assert refused == f"rlif: data.path: '{prepared}' cannot be read: Permission denied"
+        prepared.with_name("made.jsonl.manifest.json").unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,18 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from services import prompts
 from services.contract import Reference
+from services.model_folder import quiet_hub
 from services.preparation import manifest
 from services.preparation.known import KNOWN
 from services.preparation.prepare import Filters, prepare, write
 from services.recipe import explain
 from services.recipe_sections import Data, Fields
-from services.rows import Row, is_file
+from services.rows import FILES, DataError, Row, is_local
 from services.startup import StartupError
 
 app = typer.Typer(no_args_is_help=True, help="Data sets made ready to train on.")
 
 SHOWN = 20
 """Answers that do not verify, named one by one in the manifest; the others are counted."""
+COLUMNS = tuple(name for name in Fields.model_fields if name != "reference")
+OPTIONS = {"data.path: ": "", "data.split": "--split", "data.fields": "--fields"}
+OPTIONS |= {"data.answer_pattern": "--answer-pattern", "model.path": "--tokenizer"}
 NO_REFERENCE = ("id", "source", "prompt", "messages")
 
 
@@ -57,8 +62,11 @@ def _fields(text: str | None) -> Fields | None:
             raise StartupError(f"--fields {text}: write prompt=COLUMN,answer=COLUMN")
         if key.startswith("reference."):
             tree["reference"][key.removeprefix("reference.")] = column
-        else:
+        elif key in COLUMNS:
             tree[key] = column
+        else:
+            valid = ", ".join([*COLUMNS, "reference.NAME"])
+            raise StartupError(f"--fields {pair}: there is no field {key!r}; choose from {valid}")
     try:
         return Fields.model_validate(tree)
     except ValidationError as error:
@@ -107,7 +115,7 @@ def _data(what: str, file: Path | None, **given: Any) -> Data:
 
 def _at_a_commit(data: Data) -> Data:
     """A data set on the hub at the commit that its revision names now. Raises StartupError: the hub does not say."""
-    if is_file(data.path) or Path(data.path).is_dir():
+    if is_local(data.path):
         return data
     from huggingface_hub import HfApi
 
@@ -119,6 +127,13 @@ def _at_a_commit(data: Data) -> Data:
             f"{data.path!r} is neither a file or folder here nor to be had from the Hugging Face hub: {reason}"
         ) from error
     return data.model_copy(update={"revision": commit})
+
+
+def _in_options(message: str) -> str:
+    """A message that names a recipe's keys, with the options that they are here."""
+    for key, option in OPTIONS.items():
+        message = message.replace(key, option)
+    return message
 
 
 def _account(data: Data, filters: Filters, seed: int, prompt: str | None) -> dict[str, Any]:
@@ -191,13 +206,21 @@ def prepare_command(
         pass_rate_field=pass_rate_field, keep=_range("--keep", keep) or (0.0, 1.0), tokenizer=tokenizer,
         max_prompt_tokens=None if tokenizer is None else max_prompt_tokens or 512, max_tests=max_tests, limit=limit,
     )  # fmt: skip
-    for path in [*filters.decontaminate, *filters.pass_rates]:
-        if not path.is_file():
-            raise StartupError(f"there is no file {path}")
+    given = {"--file": [file] if file else [], "--decontaminate": filters.decontaminate}
+    for option, paths in {**given, "--pass-rates": filters.pass_rates}.items():
+        for path in paths:
+            if path.suffix not in FILES:
+                raise StartupError(f"{option} {path}: a file must end in {', '.join(FILES)}")
+            if not path.is_file():
+                raise StartupError(f"{option} {path}: there is no such file")
+    quiet_hub()
     data = _at_a_commit(data)
     console = Console(stderr=True)
     with console.status(f"reading {data.path}"):
-        prepared = prepare(data, known, filters, seed, prompt)
+        try:
+            prepared = prepare(data, known, filters, seed, prompt)
+        except DataError as error:
+            raise StartupError(_in_options(str(error))) from error
     account = {"data_set": what, **_account(data, filters, seed, prompt)}
     grader = known.grader if known is not None else "math_verify"
     if verify and grader is not None and "answer" in prepared.rows[0]:
@@ -207,6 +230,14 @@ def prepare_command(
         typer.echo(json.dumps(made))
         return
     _tell(made, out)
+
+
+def _overrides(made: dict[str, Any], out: Path) -> list[str]:
+    """With these any recipe reads the file: what it says of its own source's columns and answers is taken back."""
+    of_its_own = ["fields", "answer_pattern"]
+    if "messages" in made["columns"]:
+        of_its_own += ["prompt", "system_prompt"]
+    return [f"data.path={out}", *(f"data.{key}=null" for key in of_its_own)]
 
 
 def _tell(made: dict[str, Any], out: Path) -> None:
@@ -226,4 +257,6 @@ def _tell(made: dict[str, Any], out: Path) -> None:
             console.print(
                 f"    {outcome} {count}, as {first['answer']!r}", highlight=False, markup=False, soft_wrap=True
             )
+    overrides = " ".join(map(shlex.quote, _overrides(made, out)))
+    console.print(f"  in a recipe: {overrides}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"  sha256 {made['sha256']}; manifest: {manifest.beside(out)}", highlight=False, soft_wrap=True)

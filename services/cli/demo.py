@@ -100,9 +100,9 @@ def _fresh_run_dir(folder: Path, reward: Arm, seed: int) -> Path:
     return run_dir
 
 
-def _check_arm(reward: str) -> Arm:
+def _check_arm(reward: str, option: str = "--reward") -> Arm:
     if reward not in ARMS:
-        raise StartupError(f"--reward {reward}: choose {', '.join(ARMS)}")
+        raise StartupError(f"{option} {reward}: choose {', '.join(ARMS)}")
     return reward
 
 
@@ -187,10 +187,11 @@ def demo_all(
         chosen_seeds = [int(seed) for seed in seeds.split(",")]
     except ValueError as error:
         raise StartupError(f"--seeds {seeds}: write numbers, as in 0,1,2") from error
+    chosen_arms = [_check_arm(name.strip(), "--arms") for name in arms.split(",")]
     folder = folder.resolve()
     reports: list[Report] = []
     for seed in chosen_seeds:
-        for arm in [_check_arm(name) for name in arms.split(",")]:
+        for arm in chosen_arms:
             kept = folder / f"{arm}-{seed}" / "report.json"
             if kept.exists():
                 reports.append(report.read(kept))
@@ -202,10 +203,10 @@ def demo_all(
     console.print(comparison.table(reports))
     (folder / "comparison.md").write_text(comparison.markdown(reports))
     console.print(f"the same as markdown: {folder / 'comparison.md'}", highlight=False)
-    steps: dict[Arm, list] = {}
+    taken: dict[Arm, list] = {}
     for one in reports:
-        steps.setdefault(one.arm, []).append(read_steps(folder / f"{one.arm}-{one.seed}" / "steps.jsonl"))
-    console.print(f"learning curves: {curves.plot(steps, folder / 'comparison.png')}", highlight=False)
+        taken.setdefault(one.arm, []).append(read_steps(folder / f"{one.arm}-{one.seed}" / "steps.jsonl"))
+    console.print(f"learning curves: {curves.plot(taken, folder / 'comparison.png')}", highlight=False)
 
 
 def demo_model(

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from services import logs
+from services.model_folder import quiet_hub
 from services.startup import StartupError
 
 if TYPE_CHECKING:
     from services.evaluation.protocol import Protocol
 
-TASKS = "gsm8k,math500,livecodebench,cruxeval_o,mmlu_pro,ifeval,alpaca_eval"
+TASKS = "gsm8k, math500, livecodebench, cruxeval_o, mmlu_pro, ifeval, alpaca_eval"
 FAMILIES = "1.5b,3b"
 
 
@@ -44,7 +45,7 @@ def _default_out(name: str) -> Path:
 def evaluate(
     model: Annotated[str | None, typer.Option(help="Hugging Face name or local folder; servers are started.")] = None,
     url: Annotated[str | None, typer.Option(help="A running rollout server, or any OpenAI-compatible one.")] = None,
-    tasks: Annotated[str, typer.Option(help=f"Comma-separated: {TASKS}.")] = "gsm8k,math500",
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated, of {TASKS}.")] = "gsm8k,math500",
     preset: Annotated[str, typer.Option(help="Protocol: paper (greedy) or open_r1.")] = "paper",
     prompt: Annotated[
         str | None, typer.Option(help="Prompt around mathematical problems, as intuitor-7b@1; none: the bare problem.")
@@ -78,7 +79,7 @@ def evaluate(
     ] = None,
     in_flight: Annotated[int, typer.Option(help="Answers asked for at once.", min=1)] = 64,
     beside: Annotated[
-        str, typer.Option(help="Rows of the paper: 1.5b,3b,7b,14b,qwen3-14b,llama-3b,olmo-7b.")
+        str, typer.Option(help="Rows of the paper: 1.5b, 3b, 7b, 14b, qwen3-14b, llama-3b, olmo-7b.")
     ] = FAMILIES,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
@@ -87,6 +88,7 @@ def evaluate(
     Nothing is done twice: stopped or killed, the same command goes on where it was.
     """
     logs.configure("WARNING")
+    quiet_hub()
     from services.clients import CallError, credentials
     from services.evaluation import paper, report, run
     from services.evaluation.answers import WeightsChanged
@@ -131,26 +133,31 @@ def evaluate(
     )
     from services.cli.child import serving
 
-    console = Console(stderr=as_json)
+    aside, console = Console(stderr=True), Console(stderr=as_json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console) as shown:
+        with Progress(*columns, console=aside) as shown:
             results = asyncio.run(run.evaluate(chosen, serving, _progress(shown)))
     except (CallError, WeightsChanged) as error:
-        console.print(f"rlif: {error}", style="red", highlight=False, markup=False)
-        console.print(f"what was answered is kept in {chosen.out}: the same command goes on", highlight=False)
+        aside.print(f"rlif: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        aside.print(f"what was answered is kept in {chosen.out}: the same command goes on", highlight=False)
         raise typer.Exit(1) from error
     if as_json:
         typer.echo(results.model_dump_json())
     else:
-        for table in (report.table(results), report.certainty_table(results), report.beside_paper(results, families)):
+        tables = (report.figures_table, report.several_table, report.certainty_table)
+        for table in (*(made(results) for made in tables), report.beside_paper(results, families)):
             if table is not None:
                 console.print(table)
+        for line in report.remarks(results):
+            console.print(line, style="yellow", highlight=False, markup=False)
     if importlib.util.find_spec("matplotlib") is None:
         console.print("no plot: matplotlib is not installed (pip install 'rlif[demo]')", style="dim")
     else:
-        console.print(f"plot    {report.plot(results, families, chosen.out / 'results.png')}", highlight=False)
-    console.print(f"figures {chosen.out / 'results.json'}", highlight=False)
+        console.print(
+            f"plot    {report.plot(results, families, chosen.out / 'results.png')}", highlight=False, soft_wrap=True
+        )
+    console.print(f"figures {chosen.out / 'results.json'}", highlight=False, soft_wrap=True)
 
 
 def _progress(shown: Progress) -> Callable[[str, int], Callable[[int], None]]:
@@ -220,6 +227,7 @@ def compare(
         typer.echo(made.model_dump_json())
         return
     console = Console()
-    console.print(comparison.table(made))
+    for table in comparison.tables(made):
+        console.print(table)
     for note in made.notes:
         console.print(note, style="yellow", highlight=False)

@@ -1,7 +1,7 @@
 """The `rlif` command.
 
 Exit codes: 0 done; 1 failed while running; 2 refused: bad arguments, recipe, or environment (one line says which);
-130 and 143: stopped by SIGINT or SIGTERM.
+3 a preflight says stop; 130 and 143: stopped by SIGINT or SIGTERM.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from services import logs, recipe
 from services.cli.launch import environment, share
-from services.cli.recipes import check_rewards
-from services.model_folder import check_local
+from services.cli.recipes import check_data, check_rewards
+from services.model_folder import check_available, quiet_hub
 from services.recipe_sections import Rollout, Scorer
 from services.startup import StartupError
 from services.supervisor import EXIT_FAILED, EXIT_REFUSED
@@ -28,6 +29,8 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.sub=value")]
 
 TASKS, SAMPLES = 64, 8
+EXIT_STOP = 3
+"""The verdict is `stop`: nothing failed, and nothing was wrong with what was asked."""
 LOADING_SECONDS = 3600.0
 """How long a model may take to load; the first time it is downloaded."""
 
@@ -83,7 +86,8 @@ def run_preflight(
     from services.preflight import flight
 
     check_rewards(chosen)
-    check_local(chosen.model.path, "model.path")  # sooner than the servers would
+    check_data(chosen)  # data here that cannot be read is refused before the hub is asked for anything
+    check_available(chosen.model.path, chosen.model.revision, "model.path")  # sooner than the servers would
     spec = chosen.spec or named_spec(str(chosen.rewards))
     with console.status("reading tasks"):
         plan = flight.plan(chosen, spec, tasks, others)
@@ -92,14 +96,16 @@ def run_preflight(
 
 
 def gate(chosen: recipe.Recipe, console: Console) -> None:
-    """A preflight with the recipe's own prompt alone. Raises StartupError on a stop sign."""
+    """A preflight with the recipe's own prompt alone. Raises typer.Exit on a stop sign, which it tells."""
     from services.preflight.tables import show_verdict
 
     report = _checked(lambda: run_preflight(chosen, console, others=False), console)
     console.print("preflight, before training:", highlight=False)
     show_verdict(report, console)
     if report.verdict.level == "stop":
-        raise StartupError("--preflight: do not train on this as it is: " + "; ".join(report.verdict.reasons))
+        reasons = "; ".join(report.verdict.reasons)
+        sys.stderr.write(f"rlif: --preflight: do not train on this as it is: {reasons}\n")
+        raise typer.Exit(EXIT_STOP)
 
 
 def _checked(fly: Callable[[], "Report"], console: Console) -> "Report":
@@ -118,22 +124,26 @@ def preflight(
     overrides: Overrides = None,
     prompts: Annotated[int, typer.Option(help="Problems of the recipe's data to answer.", min=1)] = TASKS,
     samples: Annotated[int, typer.Option(help="Completions of each, under each prompt.", min=2, max=1024)] = SAMPLES,
+    own_prompt: Annotated[
+        bool, typer.Option("--own-prompt", help="Measure the recipe's own prompt alone, which the verdict is on.")
+    ] = False,
     rollout_url: Annotated[str | None, typer.Option(help="A running rollout server; else one is started.")] = None,
     reward_url: Annotated[str | None, typer.Option(help="A running reward server; else one is started.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report there, too (JSON).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Before training: does the recipe's reward prefer right answers, which prompt and reward look best, and is there
-    anything to learn? Exit code 2 on a clear sign that training would do harm or come to nothing."""
+    anything to learn? Exit code 3 on a clear sign that training would do harm or come to nothing."""
     from services.preflight.tables import show
 
     logs.configure("WARNING")
+    quiet_hub()
     urls = [f"{key}=[{url}]" for key, url in (("rollout.urls", rollout_url), ("scorer.urls", reward_url)) if url]
     chosen = recipe.load(recipe_path, [*(overrides or []), *urls])
     if out is not None:
         _check_writable(out)
     console = Console(stderr=True)
-    report = _checked(lambda: run_preflight(chosen, console, prompts, samples), console)
+    report = _checked(lambda: run_preflight(chosen, console, prompts, samples, not own_prompt), console)
     text = report.model_dump_json(indent=2) + "\n"
     if out is not None:
         out.write_text(text)
@@ -141,7 +151,7 @@ def preflight(
         typer.echo(text, nl=False)
     else:
         show(report, Console())
-    raise typer.Exit(EXIT_REFUSED if report.verdict.level == "stop" else 0)
+    raise typer.Exit(EXIT_STOP if report.verdict.level == "stop" else 0)
 
 
 def _check_writable(out: Path) -> None:

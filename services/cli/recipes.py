@@ -1,6 +1,7 @@
 """`rlif recipe check` and `rlif recipe show`."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -10,14 +11,23 @@ from rich.console import Console
 from services import epoch, memory, recipe
 from services.algorithms import contradiction
 from services.control import CONTROLS, with_control
+from services.preparation.known import published_rows
 from services.recipe import Recipe, RecipeError
+from services.recipe_watching import Evaluation
+from services.rows import DataError, is_local
 from services.startup import StartupError
+from services.tasks import read
 
 app = typer.Typer(no_args_is_help=True, help="Look at a recipe before it runs.")
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.sub=value")]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+
+
+def _parts(chosen: Recipe) -> dict[str, Recipe | Evaluation]:
+    """What has data and rewards, by what stands before their keys."""
+    return {"": chosen} if chosen.evaluation is None else {"": chosen, "evaluation.": chosen.evaluation}
 
 
 def check_rewards(chosen: Recipe) -> None:
@@ -31,16 +41,43 @@ def check_rewards(chosen: Recipe) -> None:
     parts = {"scorer": True, "sandbox": scorer.sandbox != "none", "reference_model": scorer.reference_model is not None}
     # What somebody else's servers have, they say themselves.
     have = EVERY_PART if scorer.urls else frozenset(part for part, is_there in parts.items() if is_there)
-    specs = {"": chosen.spec or str(chosen.rewards)}
-    if chosen.evaluation is not None:
-        specs["evaluation."] = chosen.evaluation.spec or str(chosen.evaluation.rewards)
-    for section, spec in specs.items():
+    for section, part in _parts(chosen).items():
         try:
-            check_spec(named_spec(spec) if isinstance(spec, str) else spec, have)
+            check_spec(part.spec or named_spec(str(part.rewards)), have)
         except SpecError as error:
             message = str(error)
             where = message if message.startswith("rewards") else f"rewards: {message}"
             raise RecipeError(section + where) from error
+
+
+def check_data(chosen: Recipe) -> tuple[int | None, list[str]]:
+    """How many rows the data of training has, and what is doubtful about any data, a line for each. Files and folders
+    here are read as the run reads them; of a data set on the hub the rows are known (else none) as published.
+
+    Rewards are known to be sound. Raises DataError for what the run could not use, RecipeError when a reward needs what
+    no task has.
+    """
+    from reward_server.evaluate import lacking
+    from reward_server.specs import named_spec
+
+    rows, doubtful = published_rows(chosen.data), []
+    for section, part in _parts(chosen).items():
+        if not is_local(part.data.path):
+            continue
+        try:
+            tasks = read(part.data, seed=chosen.run.seed)
+        except DataError as error:
+            raise DataError(f"{section}{error}" if str(error).startswith("data.") else str(error)) from error
+        rows = rows if section else len(tasks)
+        spec = part.spec or named_spec(str(part.rewards))
+        needs = Counter((found[0].key, found[1]) for task in tasks if (found := lacking(spec, task)) is not None)
+        for (key, need), count in needs.items():
+            place = need.replace("reference", "fields")
+            line = f"{section}rewards: {key!r} needs the {need.replace('.', ' ')}, which"
+            if count == len(tasks):
+                raise RecipeError(f"{line} no row of {part.data.path!r} has; {section}data.{place} names its column")
+            doubtful.append(f"{line} {count} of {len(tasks)} rows of {part.data.path!r} lack: they are left out")
+    return rows, doubtful
 
 
 ControlArm = Annotated[
@@ -58,18 +95,17 @@ def load_arm(recipe_path: Path, overrides: list[str] | None, control: str | None
     from reward_server.specs import SpecError, named_spec
 
     try:
-        return with_control(chosen, control, chosen.spec or named_spec(str(chosen.rewards)))
+        return with_control(chosen, control, chosen.spec or named_spec(str(chosen.rewards)), overrides)
     except SpecError as error:
         raise RecipeError(f"rewards: {error}") from error
 
 
-def doubts(chosen: Recipe, given_rows: int | None = None) -> list[str]:
-    """What can run, and is hardly meant: a line for each. `given_rows`: the data's, as the caller knows them."""
+def doubts(chosen: Recipe, rows: int | None) -> list[str]:
+    """What can run, and is hardly meant: a line for each. `rows`: the data's, where they are known."""
     from reward_server.specs import named_spec
 
     spec = chosen.spec or named_spec(str(chosen.rewards))
-    rows, each = given_rows or epoch.rows_of(chosen.data), chosen.trainer.groups_per_step
-    repeated = ""
+    repeated, each = "", chosen.trainer.groups_per_step
     if rows is not None and rows < each:
         repeated = f"trainer.groups_per_step: {each}, but the data has {rows} rows: a step has tasks more than once"
     return [line for line in (contradiction(chosen.trainer.algorithm, spec.combine), repeated) if line]
@@ -138,12 +174,11 @@ def check(
     """Refuse what cannot run, and say what the recipe amounts to."""
     chosen = recipe.load(recipe_path, overrides)
     check_rewards(chosen)
-    data = Path(chosen.data.path)
-    if data.suffix in (".jsonl", ".json", ".parquet") and not data.exists():
-        raise RecipeError(f"data.path: no file {data}")
     epoch.check_completions(chosen, completions)
-    found, doubtful = facts(chosen), doubts(chosen, rows)
-    if rows := rows or epoch.rows_of(chosen.data):
+    known_rows, doubtful = check_data(chosen)
+    rows = rows or known_rows
+    found, doubtful = facts(chosen), [*doubts(chosen, rows), *doubtful]
+    if rows is not None:
         found |= epoch.facts(chosen, rows)
     if gpu_gib is not None:
         found |= check_memory(chosen, gpu_gib)

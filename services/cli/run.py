@@ -12,7 +12,7 @@ from rich.console import Console
 from services import logs, recipe
 from services.cli.launch import RLIF, plan
 from services.cli.preflight import gate
-from services.cli.recipes import ControlArm, check_rewards, doubts, load_arm
+from services.cli.recipes import ControlArm, check_data, check_rewards, doubts, load_arm
 from services.cli.watch import watch
 from services.model_folder import check_local
 from services.run_folder import only_one, prepare
@@ -65,7 +65,8 @@ def up(
     logging.getLogger("services.supervisor").setLevel(logging.INFO)
     chosen = load_arm(recipe_path, overrides, control)
     check_rewards(chosen)
-    for line in doubts(chosen):
+    rows, doubtful = check_data(chosen)
+    for line in [*doubts(chosen, rows), *doubtful]:
         log.warning(line)
     console = Console()
     if preflight:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from pydantic import Field
-from rich.table import Table
+from rich.console import Group
 
 from services.contract import Wire
 from services.demo.report import ReportError
@@ -24,6 +24,7 @@ from services.evaluation.statistics import mcnemar, permutation, sign_flips
 from services.intervals import interval
 from services.startup import StartupError
 from services.steps import StepsError, read_steps
+from services.table import table
 
 LAST = 10
 """Of a training run, each number is the mean over the last tenth of its steps: single steps are noisy."""
@@ -224,29 +225,33 @@ def compare(given: Sequence[Arm]) -> Comparison:
 # ---- table -----------------------------------------------------------------------------------------------------
 
 
-def _shown(side: Side) -> str:
-    spread = "" if side.deviation is None else f" ± {side.deviation:.3g} ({side.runs})"
-    return f"{side.mean:.4g}{spread}"
+def _shown(side: Side, runs: int) -> str:
+    """Of `runs`, as many as any metric of the side has; it is told where this one has fewer."""
+    spread = "" if side.deviation is None else f" ± {side.deviation:.3g}"
+    return f"{side.mean:.4g}{spread}" + (f" ({side.runs})" if side.runs < runs else "")
 
 
-def table(comparison: Comparison) -> Table:
-    shown = Table(title="Each arm minus the first; p is two-sided, not corrected for many tests", title_justify="left")
-    for column in ("metric", "arm", "against"):
-        shown.add_column(column)
-    for column in ("mean", "first", "difference", "p"):
-        shown.add_column(column, justify="right")
-    shown.add_column("test")
+def tables(comparison: Comparison) -> list[Group]:
+    """One of each arm against the first."""
+    by_arm: dict[tuple[str, str], list[Difference]] = {}
     for one in comparison.differences:
+        by_arm.setdefault((one.arm.label, one.against.label), []).append(one)
+    return [_table(arm, against, rows) for (arm, against), rows in by_arm.items()]
+
+
+def _table(arm: str, against: str, differences: Sequence[Difference]) -> Group:
+    ours, theirs = max(one.arm.runs for one in differences), max(one.against.runs for one in differences)
+    runs = f" (runs: {ours} and {theirs})" if max(ours, theirs) > 1 else ""
+    rows = []
+    for one in differences:
+        p = "-" if one.p is None else f"{one.p:.2g}"
         spread = "" if one.low is None or one.high is None else f" [{one.low:+.3g}, {one.high:+.3g}]"
-        test = "-" if one.test is None else one.test + (f", {one.items} items" if one.items else "")
-        shown.add_row(
-            one.metric,
-            one.arm.label,
-            one.against.label,
-            _shown(one.arm),
-            _shown(one.against),
-            f"{one.difference:+.3g}{spread}",
-            "-" if one.p is None else f"{one.p:.2g}",
-            test,
+        rows.append(
+            [one.metric, _shown(one.arm, ours), _shown(one.against, theirs), f"{one.difference:+.3g}{spread}", p]
         )
-    return shown
+    tests = [f"{one.test}, {one.items} items ({one.metric})" if one.items else one.test for one in differences]
+    said = "; ".join(dict.fromkeys(test for test in tests if test))
+    title = f"{arm} minus {against}{runs}" + (
+        f"; p is two-sided, not corrected for many tests, by {said}" if said else ""
+    )
+    return table(title, ["metric", "mean", "against", "difference", "p"], rows)

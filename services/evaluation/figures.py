@@ -201,6 +201,7 @@ def figures(
         source=questions.source,
         sha256=questions.sha256,
         items=len(questions.items),
+        left_out=questions.left_out,
         samples=protocol.samples,
         seeds=protocol.seeds,
         value=_figure([item.value for item in items]),

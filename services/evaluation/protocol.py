@@ -40,9 +40,18 @@ PRESETS = {
 
 def described(protocol: Protocol) -> str:
     """The preset, and in what it was departed from."""
-    base = PRESETS[protocol.preset].model_dump()
-    changes = [f"{name} {value}" for name, value in protocol.model_dump().items() if value != base[name]]
-    return protocol.preset + (f" with {', '.join(changes)}" if changes else "")
+    base = PRESETS[protocol.preset]
+    words = {
+        "prompt": "no prompt around problems" if protocol.prompt is None else f"prompt {protocol.prompt}",
+        "plain": "no chat template" if protocol.plain else "chat template",
+        "temperature": f"temperature {protocol.temperature:g}",
+        "top_p": f"top-p {protocol.top_p:g}",
+        "max_tokens": f"at most {protocol.max_tokens} tokens",
+        "samples": f"{protocol.samples} answers to each question",
+        "seeds": f"{len(protocol.seeds)} seeds",
+    }
+    changes = [text for name, text in words.items() if getattr(protocol, name) != getattr(base, name)]
+    return protocol.preset + (f", but {', '.join(changes)}" if changes else "")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
+from rich.console import Group
 
 from services.evaluation import paper
 from services.evaluation.protocol import described
 from services.evaluation.results import Figure, ItemValue, Results, TaskFigures
 from services.evaluation.tasks import BENCHMARKS
 from services.startup import StartupError
+from services.table import table
 
 OURS, THEIRS = "#2f6f9f", "YlOrBr"
 """A colour, and a map of colours, of which the paper's rows take as many as they are."""
@@ -53,48 +54,59 @@ def _number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
     return "-" if value is None else f"{scale * value:.{digits}f}"
 
 
-def table(results: Results) -> Table:
+def _title(task: TaskFigures) -> str:
+    return task.title if task.measure == "accuracy" else f"{task.title}, {task.measure}"
+
+
+def figures_table(results: Results) -> Group:
     """A row for each task; shares in percent, intervals in brackets. A column that says nothing of any is left out."""
-    tasks, several = results.tasks, results.protocol.samples
-    powers = sorted({int(k) for task in tasks for k in task.pass_at if k != "1"})
+    tasks = results.tasks
     columns = {
         "items": [str(task.items) for task in tasks],
         "%": [percent(task.value) for task in tasks],
-        "by seed": [" ".join(_number(value, 1, 100) for value in task.by_seed.values()) for task in tasks],
-        **{f"pass@{k}": [percent(task.pass_at.get(str(k))) for task in tasks] for k in powers},
-        f"maj@{several}": [percent(task.majority) if task.majority else "" for task in tasks],
-        "failed": [", ".join(f"{count} {reason}" for reason, count in task.failed.items()) for task in tasks],
+        "failed": [str(sum(task.failed.values())) if task.failed else "" for task in tasks],
         "at least": [_number(task.at_least, 1, 100) if task.failed else "" for task in tasks],
         "tokens": [_number(task.length, 0) for task in tasks],
         "stopped": [_number(task.stopped, 1, 100) for task in tasks],
     }
-    shown = Table(title=f"{results.model}, protocol {described(results.protocol)}", title_justify="left")
-    shown.add_column("task")
     told = {name: cells for name, cells in columns.items() if any(cells)}
-    for name in told:
-        shown.add_column(name, justify="right", overflow="fold")
-    for place, task in enumerate(tasks):
-        name = task.title if task.measure == "accuracy" else f"{task.title}, {task.measure}"
-        shown.add_row(name, *(cells[place] for cells in told.values()))
-    return shown
+    rows = [[_title(task), *(cells[place] for cells in told.values())] for place, task in enumerate(tasks)]
+    return table(f"{results.model}, protocol {described(results.protocol)}", ["task", *told], rows)
 
 
-def certainty_table(results: Results) -> Table | None:
-    """None where certainty was not asked for."""
-    tasks = [task for task in results.tasks if task.certainty is not None]
-    if not tasks:
+def _several(task: TaskFigures) -> dict[str, str]:
+    """What there is of several answers to a question, by name."""
+    told = {f"seed {seed}": _number(value, 1, 100) for seed, value in task.by_seed.items()}
+    told |= {f"pass@{k}": percent(figure) for k, figure in task.pass_at.items() if k != "1"}
+    certainty = task.certainty
+    votes = {
+        f"maj@{task.samples}": task.majority,
+        "surest": certainty and certainty.surest,
+        "Borda vote": certainty and certainty.borda,
+    }
+    return told | {name: percent(figure) for name, figure in votes.items() if figure}
+
+
+def several_table(results: Results) -> Group | None:
+    """A row for each figure of several answers; none where each question was answered once."""
+    blocks = [[[_title(task), name, figure] for name, figure in _several(task).items()] for task in results.tasks]
+    if not any(blocks):
         return None
-    shown = Table(title="Self-certainty (nats per token) of right and wrong answers", title_justify="left")
-    shown.add_column("task")
-    for column in ("right", "wrong", "AUC", "r", "p", "AUC inside items", "surest", "Borda vote"):
-        shown.add_column(column, justify="right")
-    for task in tasks:
-        said = task.certainty
-        assert said is not None
-        numbers = [_number(value) for value in (said.right, said.wrong, said.auc, said.r)]
-        p = "-" if said.p is None else f"{said.p:.2g}"
-        shown.add_row(task.title, *numbers, p, _number(said.group_auc), percent(said.surest), percent(said.borda))
-    return shown
+    return table("Several answers to each question", ["task", "figure", "%"], *filter(None, blocks), left=["figure"])
+
+
+def certainty_table(results: Results) -> Group | None:
+    """None where certainty was not asked for."""
+    rows = []
+    for task in results.tasks:
+        if said := task.certainty:
+            numbers = [_number(value) for value in (said.right, said.wrong, said.auc, said.r)]
+            p = "-" if said.p is None else f"{said.p:.2g}"
+            rows.append([task.title, *numbers, p, _number(said.group_auc)])
+    if not rows:
+        return None
+    columns = ["task", "right", "wrong", "AUC", "r", "p", "AUC inside items"]
+    return table("Self-certainty (nats per token) of right and wrong answers", columns, rows)
 
 
 def _headline(task: TaskFigures) -> float | None:
@@ -108,23 +120,36 @@ def _columns(results: Results) -> list[tuple[str, TaskFigures]]:
     return [(column, task) for task in results.tasks if (column := BENCHMARKS[task.task].column)]
 
 
-def beside_paper(results: Results, families: Sequence[str]) -> Table | None:
+def beside_paper(results: Results, families: Sequence[str]) -> Group | None:
     """This evaluation's figures above the paper's rows; none where no task is among the paper's."""
     columns = _columns(results)
     if not columns:
         return None
-    shown = Table(title=f"Beside {paper.SOURCE} (percent)", title_justify="left")
-    shown.add_column("model")
-    shown.add_column("table", justify="right")
-    for column, _ in columns:
-        shown.add_column(column, justify="right")
-    shown.add_row(results.model, "", *(_number(_headline(task), 1) for _, task in columns), style="bold")
-    for family in families:
-        shown.add_section()
-        for row in paper.ROWS:
-            if row.family == family:
-                shown.add_row(row.name, str(row.table), *(_number(row.value(column), 1) for column, _ in columns))
-    return shown
+    chosen = [[row for row in paper.ROWS if row.family == family] for family in families]
+    numbers = sorted({row.table for rows in chosen for row in rows})
+    title = f"Beside {paper.SOURCE}, table {' and '.join(map(str, numbers))} (percent)"
+    ours = [["this model", *(_number(_headline(task), 1) for _, task in columns)]]
+    theirs = [
+        [[row.name, *(_number(row.value(column), 1) for column, _ in columns)] for row in rows] for rows in chosen
+    ]
+    return table(title, ["model", *(column for column, _ in columns)], ours, *theirs)
+
+
+def remarks(results: Results) -> list[str]:
+    """What keeps a figure from being what it looks like, or the same thing as the paper's, a line for each."""
+    lines = []
+    for task in results.tasks:
+        benchmark = BENCHMARKS[task.task]
+        if task.left_out:
+            line = f"{task.title}: the first {task.items} of {task.items + task.left_out} questions (--limit)"
+            lines.append(f"{line}; the paper's figure is of all" if benchmark.column else line)
+        if task.failed:
+            asked, lost = task.items * task.samples * len(task.seeds), sum(task.failed.values())
+            why = ", ".join(f"{count} {reason}" for reason, count in task.failed.items())
+            line = f"{task.title}: {lost} of {asked} answers are not in the figure ({why})"
+            instead = f"; were they wrong, it would be {_number(task.at_least, 1, 100)}"
+            lines.append(line if benchmark.beside else line + instead)
+    return lines
 
 
 # ---- plot ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ class Certainty(Wire):
 
 class TaskFigures(Wire):
     """`value` is the mean over items of the mean over their answers that were judged. `at_least` is what it would be
-    if all that could not be had or judged (`failed`, counted by reason) were wrong. Lengths are in tokens."""
+    if all that could not be had or judged (`failed`, counted by reason) were wrong. `left_out` counts the questions
+    beyond `--limit`. Lengths are in tokens."""
 
     task: str
     title: str
@@ -42,6 +43,7 @@ class TaskFigures(Wire):
     source: str
     sha256: str
     items: int
+    left_out: int = 0
     samples: int
     seeds: list[int]
     value: Figure | None

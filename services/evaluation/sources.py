@@ -17,11 +17,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Questions:
-    """`source` says where the items are from, `sha256` is of the records that were read."""
+    """`source` says where the items are from, `sha256` is of the records that were read; `left_out` counts those that
+    were not, beyond a limit."""
 
     items: list[Item]
     source: str
     sha256: str
+    left_out: int
 
 
 def _local(folder: Path, file: str) -> tuple[list[Record], str]:
@@ -79,7 +81,7 @@ def load(benchmark: Benchmark, data: Path | None, limit: int | None) -> Question
         items.setdefault(item.id, item)
     if not items:
         raise StartupError(f"{source}: no records")
-    return Questions(list(items.values()), source, digest.hexdigest())
+    return Questions(list(items.values()), source, digest.hexdigest(), len(records[limit or len(records) :]))
 
 
 def _bytes(record: Record) -> bytes:

@@ -6,13 +6,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from services import rows
 from services.contract import Task, group_id
-from services.preparation import manifest
 from services.prompt_tokens import load_tokenizer, prompt_lengths
 from services.recipe import Data, Recipe
 from services.rows import DataError
-from services.tasks import tasks
+from services.tasks import read
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +60,7 @@ def load(recipe: Recipe, tokenizer: Any = None, data: Data | None = None) -> Tas
     started = time.monotonic()
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
     chat = tokenizer.chat_template is not None
-    manifest.check(data.path)
-    found = tasks(rows.table(data.path, data.config, data.split, data.revision), data, chat, recipe.run.seed)
+    found = read(data, chat, recipe.run.seed)
     kept = [
         task
         for task, length in zip(found, prompt_lengths(found, tokenizer), strict=True)

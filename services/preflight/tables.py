@@ -2,11 +2,13 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from services.intervals import Interval
 from services.preflight.figures import PromptFigures, RewardFigures
 from services.preflight.report import Report
 from services.preflight.verdict import Level
+from services.table import table
 
 STYLES: dict[Level, str] = {"go": "green", "caution": "yellow", "stop": "bold red"}
 HEADLINES: dict[Level, str] = {
@@ -30,40 +32,41 @@ def _share(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def _table(title: str, first: str, columns: list[str], rows: list[list[str]]) -> Table:
-    shown = Table(title=title, title_justify="left")
-    shown.add_column(first)
-    for column in columns:
-        shown.add_column(column, justify="right")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
-
-
 def _prompt_row(prompt: PromptFigures) -> list[str]:
+    return [prompt.name, _percent(prompt.accuracy), _percent(prompt.over_own, "+"), _percent(prompt.majority)]
+
+
+def _group_row(prompt: PromptFigures) -> list[str]:
     shares = (prompt.any_right, prompt.all_right, prompt.all_wrong, prompt.same_text, prompt.truncated, prompt.copies)
-    measured = [_percent(prompt.accuracy), _percent(prompt.over_own, "+"), _percent(prompt.majority)]
-    return [prompt.name, *measured, *map(_share, shares), f"{prompt.length:.0f}"]
+    return [prompt.name, *map(_share, shares), f"{prompt.length:.0f}"]
 
 
-def _reward_row(reward: RewardFigures) -> list[str]:
+def _best_row(reward: RewardFigures) -> list[str]:
+    return [reward.name, _percent(reward.best), _percent(reward.gain, "+"), _percent(reward.over_majority, "+")]
+
+
+def _order_row(reward: RewardFigures) -> list[str]:
     r = reward.length_correlation
-    picked = [_percent(reward.best), _percent(reward.gain, "+"), _percent(reward.over_majority, "+")]
     ordered = [_number(reward.auc), _number(reward.beyond_length), "-" if r is None else f"{r:+.2f}"]
-    return [reward.name, *picked, *ordered, _share(reward.flat)]
+    return [reward.name, *ordered, _share(reward.flat)]
 
 
 def show(report: Report, console: Console) -> None:
     """Shares and their differences in per cent."""
     own, n = report.own, report.samples
     judge = report.judge or "the majority, for want of answers"
-    columns = ["right", "against own", f"maj@{n}", f"some of {n}", "all", "none", "same text", "cut off", "copies"]
     title = f"{own.tasks} tasks, {n} completions each, right by {judge}; per cent, and 95 % intervals"
     rows = [_prompt_row(prompt) for prompt in report.prompts]
-    console.print(_table(title, "prompt", [*columns, "tokens"], rows))
-    columns = [f"best of {n}", "gain", "over majority", "AUC in groups", "beyond length", "r with length", "flat"]
-    title = f"rewards, with the prompt {own.name} (length alone: AUC {_number(own.length_auc)})"
-    console.print(_table(title, "reward", columns, [_reward_row(reward) for reward in own.rewards]))
+    console.print(table(title, ["prompt", "right", "against own", f"maj@{n}"], rows))
+    columns = ["prompt", f"some of {n}", "all", "none", "same text", "cut off", "copies", "tokens"]
+    title = "tasks with some, all, none right, with one text; completions cut off, and copies"
+    console.print(table(title, columns, [_group_row(prompt) for prompt in report.prompts]))
+    rows = [_best_row(reward) for reward in own.rewards]
+    title = f"rewards, with the prompt {own.name}: how often what they like best is right"
+    console.print(table(title, ["reward", f"best of {n}", "gain", "over majority"], rows))
+    rows = [_order_row(reward) for reward in own.rewards]
+    title = f"order inside groups (length alone: AUC {_number(own.length_auc)}); r: with length"
+    console.print(table(title, ["reward", "AUC in groups", "beyond length", "r", "flat"], rows))
     show_verdict(report, console)
     for name, text in (("prompt", report.best_prompt), ("reward", report.best_reward)):
         console.print(f"best {name}: {text}", highlight=False, markup=False)
@@ -74,5 +77,7 @@ def show(report: Report, console: Console) -> None:
 def show_verdict(report: Report, console: Console) -> None:
     level = report.verdict.level
     console.print(f"[{STYLES[level]}]{level}[/]: {HEADLINES[level]}", highlight=False)
+    findings = Table.grid(padding=(0, 2))
     for finding in report.verdict.findings:
-        console.print(f"  {finding.sign:<8} {finding.text}", highlight=False, markup=False)
+        findings.add_row("", finding.sign, Text(finding.text))
+    console.print(findings)

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from services.recipe_sections import Fields
+from services.demo.task import SOURCE as DEMO
+from services.recipe_sections import Data, Fields
 from services.rows import Row
 
 BOX = "\\boxed{"
@@ -141,6 +143,15 @@ KNOWN: dict[str, Known] = {
 }
 
 
-def published_rows(path: str, split: str) -> int | None:
+def how_to_make(path: Path, source: str) -> str:
+    """What to add where there is no file `path` with rows of `source`; "" where no command is known to make it."""
+    if source == DEMO:
+        return "; `rlif demo-prepare DIR` makes DIR/train.jsonl, and DIR/recipe.yaml, which names it"
+    name = next((name for name, known in KNOWN.items() if known.source == source), None)
+    return "" if name is None else f"; `rlif data prepare {name} {path.with_suffix('.jsonl')}` makes one"
+
+
+def published_rows(data: Data) -> int | None:
     """Of a data set on the hub, where it is known here."""
-    return next((known.rows for known in KNOWN.values() if (known.path, known.split) == (path, split)), None)
+    rows = next((known.rows for known in KNOWN.values() if (known.path, known.split) == (data.path, data.split)), None)
+    return rows if rows is None or data.limit is None else min(rows, data.limit)

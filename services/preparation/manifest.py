@@ -32,7 +32,13 @@ def read(path: str) -> dict[str, Any] | None:
 def check(path: str) -> None:
     """Raises DataError when the file is not the one that its manifest, if it has one, was written for."""
     found = read(path)
-    if found is not None and Path(path).is_file() and sha256(Path(path)) != found["sha256"]:
+    if found is None or not Path(path).is_file():
+        return
+    try:
+        checksum = sha256(Path(path))
+    except OSError as error:
+        raise DataError(f"data.path: {path!r} cannot be read: {error.strerror}") from error
+    if checksum != found["sha256"]:
         raise DataError(
             f"data.path: {path!r} has changed since it was prepared: its SHA-256 is not that of "
             f"{beside(Path(path)).name}; prepare it again, or remove the manifest of a file that you edited"

@@ -23,7 +23,7 @@ from services.prompt_tokens import load_tokenizer, prompt_lengths
 from services.recipe_sections import Data, Model
 from services.rows import DataError, Row, Table
 from services.section import Section
-from services.tasks import STANDARD, tasks
+from services.tasks import STANDARD, fields_of, tasks
 
 TEXTS = ("problem", "question", "prompt", "description", "text", "code")
 """Columns of an evaluation set that may hold its texts: the first that is there does."""
@@ -57,6 +57,8 @@ def prepare(data: Data, known: Known | None, filters: Filters, seed: int, prompt
     """Raises DataError."""
     dropped: Counter[str] = Counter()
     table = rows.table(data.path, data.config, data.split, data.revision)
+    if filters.max_tests is not None and fields_of(data, table.columns).tests is None:
+        raise DataError(f"--max-tests {filters.max_tests}: the rows of {data.path!r} have no tests; leave it out")
     found = tasks(table if known is None else _reshaped(table, known, filters.rating, dropped), data)
     if prompt is not None and any([message.role for message in task.messages or []] != ["user"] for task in found):
         raise DataError(f"--prompt {prompt}: is put around a text, and the rows of {data.path} have whole messages")
