@@ -270,6 +270,15 @@ def test_estimators_and_their_gradients_in_the_mean():
     assert mean_gradient(k3) == pytest.approx(exact_gradient(backward, logits), rel=1e-9)
 
 
+def test_a_policy_far_from_its_reference_is_still_pulled_back():
+    """A token that the reference gives e^-60: k3 grows with the distance, and its gradient stays that of logp."""
+    for estimator, value, slope in ((k1, 60.0, 1.0), (k2, 1800.0, 60.0), (k3, 59.0, 1.0)):
+        logprob = torch.zeros(1, requires_grad=True)
+        found = estimator(logprob, torch.tensor([-60.0]))
+        (grad,) = torch.autograd.grad(found.sum(), logprob)
+        assert (found.item(), grad.item()) == (pytest.approx(value), pytest.approx(slope))
+
+
 # ---- weights, whitening, clip-cov ---------------------------------------------------------------------------------
 
 sizes_lists = st.lists(st.integers(1, 50), min_size=1, max_size=20)

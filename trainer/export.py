@@ -32,21 +32,25 @@ ABOUT = "rlif.json"
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
 
 
-def export(run_dir: Path, out_dir: Path) -> Version:
+def export(run_dir: Path, out_dir: Path, best: bool = False) -> Version:
     """Write the newest weights of the run in `run_dir` to the new folder `out_dir`, and return their version.
 
-    Takes the newest published version, or the newest checkpoint where that is newer or what was published is damaged.
-    Beside the weights: a model card (README.md), and `rlif.json`, from which a run can go on (`begin_from`).
-    Raises RecipeError: no weights there, or `out_dir` is not empty.
+    Takes the newest published version, or the newest checkpoint where that is newer or what was published is damaged;
+    with `best`, the checkpoint that evaluation found to be the best. Beside the weights: a model card (README.md), and
+    `rlif.json`, from which a run can go on (`begin_from`). Raises RecipeError: no such weights there, or `out_dir` is
+    not empty.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     if out_dir.exists() and any(out_dir.iterdir()):
         raise RecipeError(f"{out_dir} is not empty; choose a new folder")
     base = _base(run_dir)
-    published = _published(_weights_dir(run_dir), base)
-    saved = _newest(run_dir / "checkpoints", checkpoint.sound)
-    if published is None and saved is None:
-        raise RecipeError(f"{run_dir} holds neither published weights nor a checkpoint")
+    if best:
+        published, saved = None, _best(run_dir / "checkpoints")
+    else:
+        published = _published(_weights_dir(run_dir), base)
+        saved = _newest(run_dir / "checkpoints", checkpoint.sound)
+        if published is None and saved is None:
+            raise RecipeError(f"{run_dir} holds neither published weights nor a checkpoint")
     aside = out_dir.with_name(f".{out_dir.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     if saved is None or (published is not None and published[0] >= saved[0]):
@@ -69,7 +73,7 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     return version
 
 
-def push(run_dir: Path, repository: str, private: bool) -> str:
+def push(run_dir: Path, repository: str, private: bool, best: bool = False) -> str:
     """Export the run and upload it to the Hugging Face hub (HF_ENDPOINT) as `repository`; returns its URL.
 
     The token is HF_TOKEN. Raises RecipeError as `export` does, and StartupError: no token, or the hub refuses.
@@ -83,7 +87,7 @@ def push(run_dir: Path, repository: str, private: bool) -> str:
         raise StartupError("HF_TOKEN: is not set; the hub takes a model only from whom it knows")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(dir=run_dir, prefix=".push-") as folder:
-        version = export(run_dir, Path(folder) / "model")
+        version = export(run_dir, Path(folder) / "model", best)
         try:
             url = api.create_repo(repository, private=private, exist_ok=True)
             message = f"rlif: weights {version}"
@@ -154,6 +158,17 @@ def _weights_dir(run_dir: Path) -> Path | str:
     path = run_dir / "recipe.yaml"
     chosen = recipes.load(path).weights.dir if path.exists() else None
     return chosen or run_dir / "weights"
+
+
+def _best(directory: Path) -> tuple[Version, Path]:
+    folder = checkpoint.best_folder(directory)
+    if folder is None:
+        raise RecipeError(
+            f"{directory.parent} has no best checkpoint: the recipe had no `evaluation`, none is done yet, or it is "
+            "damaged; without --best the newest weights are taken"
+        )
+    lineage, _, step = folder.name.partition("-")
+    return Version(lineage=int(lineage), version=int(step)), folder
 
 
 def _newest(directory: Path, sound: Callable[[Path], bool]) -> tuple[Version, Path] | None:

@@ -89,7 +89,7 @@ def _train(
     trained = policy.load(model, trainer.gradient_checkpointing)
     adapter = lora.published(trained.model, model) if model.lora is not None else None
     engine = engines.start(trained, recipe, ranks)
-    reference = references.start(recipe, ranks, trained)
+    reference = references.start(recipe, ranks, trained, model)
     progress = starts.restore(engine, reference, recipe, start, ranks, feed)
     first = progress.step
     waits.over("model")
