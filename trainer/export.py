@@ -139,12 +139,23 @@ def trained_groups(run_dir: Path, step: int) -> list[str]:
     """The groups (ids) of the first `step` steps, from the audit trail."""
     if step == 0:
         return []
+    return [group_id for row in _rows(run_dir) if row["step"] <= step for group_id in row["group_ids"]]
+
+
+def trained_later(run_dir: Path, step: int) -> list[str]:
+    """The groups (ids) of the steps after `step`."""
+    steps = run_dir / "steps.jsonl"
+    if not steps.exists() or not steps.stat().st_size:
+        return []
+    return [group_id for row in _rows(run_dir) if row["step"] > step for group_id in row["group_ids"]]
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
     try:
-        rows = read_steps(run_dir / "steps.jsonl")
+        return read_steps(run_dir / "steps.jsonl")
     except StepsError as error:
         log.warning("only redis knows which groups were trained: %s", error)
         return []
-    return [group_id for row in rows if row["step"] <= step for group_id in row["group_ids"]]
 
 
 def _run_name(run_dir: Path) -> str | None:

@@ -68,10 +68,17 @@ class Feed:
         with self.waits.on("redis", "no answer", REDIS_PATIENCE_SECONDS):
             return self.runner.run(call)
 
-    def claim(self, at_least: int, consumed: Sequence[str], trained: Sequence[str]) -> int:
+    def claim(
+        self, at_least: int, consumed: Sequence[str], trained: Sequence[str], trained_later: Sequence[str] = ()
+    ) -> int:
         """Take the run over: a lineage of our own, and the entries an earlier trainer left. `consumed` entries and
-        `trained` groups (ids) are those whose effect the restored checkpoint holds."""
+        `trained` groups (ids) are those whose effect the restored checkpoint holds. Where it is not the newest that was
+        durable once, groups of those `trained_later` are gone from the queue: they, and what lies there, will be made
+        again."""
         lineage = self._ask(self.queue.claim_lineage(at_least))
+        if lost := self._ask(self.queue.lost(trained_later)):
+            log.warning("%d groups that only a lost checkpoint held are made again, and all that follow", len(lost))
+            self._ask(self.queue.undo(trained_later))
         self._ask(self.queue.recall(trained))
         self._ask(self.queue.recover(set(consumed)))
         return lineage
