@@ -44,13 +44,10 @@ def export(run_dir: Path, out_dir: Path, best: bool = False) -> Version:
     if out_dir.exists() and any(out_dir.iterdir()):
         raise RecipeError(f"{out_dir} is not empty; choose a new folder")
     base = _base(run_dir)
-    if best:
-        published, saved = None, _best(run_dir / "checkpoints")
-    else:
-        published = _published(_weights_dir(run_dir), base)
-        saved = _newest(run_dir / "checkpoints", checkpoint.sound)
-        if published is None and saved is None:
-            raise RecipeError(f"{run_dir} holds neither published weights nor a checkpoint")
+    published = None if best else _published(_weights_dir(run_dir), base)
+    saved = _best(run_dir / "checkpoints") if best else _newest(run_dir / "checkpoints", checkpoint.sound)
+    if published is None and saved is None:
+        raise RecipeError(f"{run_dir} holds neither published weights nor a checkpoint")
     aside = out_dir.with_name(f".{out_dir.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     if saved is None or (published is not None and published[0] >= saved[0]):
