@@ -215,6 +215,16 @@ def test_a_mask_drops_tokens_or_whole_sequences(level):
     assert policy.grad is not None and [grad == 0 for grad in policy.grad.tolist()] == dropped
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("how", [{"high": 1.0}, {"mode": "mask", "high": 1.0}, {"mode": "mask", "low": 1.0}])
+def test_a_weight_at_the_bound_is_kept_as_it_is(level, how):
+    """The rollout's numbers equal to the trainer's: exactly 1 each."""
+    objective = objective_of("grpo", importance={"level": level, **how})
+    policy = torch.tensor([-0.3, -2.7, -1.1], requires_grad=True)
+    terms = token_losses(policy, policy.detach(), torch.ones(3), torch.tensor([0, 0, 1]), objective)
+    assert terms.importance.tolist() == [1.0] * 3 and not terms.truncated.any()
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("importance", [None, {"level": "sequence"}, {"level": "token", "mode": "mask"}])
 def test_far_apart_logprobs_stay_finite(algorithm, importance):

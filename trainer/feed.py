@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from services import commands, pause
-from services.commands import AnyOrder, Finish, Obeyed
+from services.commands import AnyOrder, Finish, Obeyed, Stop
 from services.contract import WeightVersion
 from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
@@ -189,6 +189,16 @@ class Feed:
             return await call
         finally:
             self._waiting = None
+
+    def note_restored(self, progress: Progress) -> None:
+        """Orders whose effect the restored checkpoint holds, and whose trainer died before it could say so: the guard
+        waits for that. Not of a stop, for this trainer goes on."""
+        run_id = self.recipe.run.name
+        what, patience = f"run {run_id}: orders obeyed", STATUS_PATIENCE_SECONDS
+        found = self._ask(insist(lambda: commands.unnoted(self.redis, run_id, progress.orders), what, patience))
+        for order in found:
+            if not isinstance(order, Stop):
+                self.note_obeyed(order, progress, f"held by the checkpoint of step {progress.step}")
 
     def note_obeyed(self, order: AnyOrder, progress: Progress, effect: str) -> None:
         """After what it did is durable, where that matters."""

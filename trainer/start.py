@@ -72,7 +72,10 @@ def restore(
     if start.checkpoint:
         _load(engine, reference, Path(start.checkpoint), ranks)
     log.info("lineage %d starts from %s", lineage, start.checkpoint or start.model or recipe.model.path)
-    return replace(start.progress, lineage=lineage, unacknowledged=[])
+    progress = replace(start.progress, lineage=lineage, unacknowledged=[])
+    if feed is not None:
+        feed.note_restored(progress)
+    return progress
 
 
 def roll_back(
