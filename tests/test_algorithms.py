@@ -13,7 +13,8 @@ from objective_oracle import Sequence
 from scored_groups import make_groups
 
 from services import recipe
-from services.algorithms import ALGORITHMS, ClipCov, Objective
+from services.algorithms import ALGORITHMS, ClipCov, Objective, cut_sampling
+from services.contract import Sampling
 from services.recipe import Trainer
 from trainer.algorithms.advantages import clip_cov, whiten
 from trainer.algorithms.divergences import k1, k2, k3
@@ -445,6 +446,12 @@ def test_an_explicit_key_wins_and_a_dump_says_the_same(algorithm):
     assert (made.trainer.clip_high, made.trainer.kl_beta) == (0.7, 0.25)
     assert recipe.parse(recipe.yaml.safe_load(recipe.dump(made))) == made
     assert made.spec is not None and made.spec.combine.normalize == ALGORITHMS[algorithm].normalize
+
+
+@pytest.mark.parametrize(("sampling", "word"), [({}, ""), ({"top_p": 0.9}, "top_p 0.9"), ({"top_k": 5}, "top_k 5")])
+def test_sampling_from_a_part_of_the_distribution_is_doubted(sampling, word):
+    doubt = cut_sampling(Sampling(**sampling))
+    assert word in doubt and bool(doubt) == bool(word)
 
 
 def test_an_explicit_combine_wins_over_the_algorithm():
