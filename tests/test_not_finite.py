@@ -12,7 +12,7 @@ from scored_groups import make_groups
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-CASES = [(0, "float32"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16")]
+CASES = [(2, "float32", "gradient"), (2, "bfloat16", "gradient"), (3, "bfloat16", "gradient"), (2, "float32", "weight")]
 """DeepSpeed has its own ways with what overflows, by stage and dtype: it may skip an update, or say -1 for a norm."""
 
 
@@ -33,14 +33,11 @@ def test_what_is_no_number_is_refused_at_every_stage(tiny_model):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert [words.split(" of step")[0].split(" at step")[0] for words in found] == [
-        "the gradient's norm",
-        "the loss",
-    ] * len(CASES)
+    assert found == ["the gradient's norm at step 0 is inf"] * 3 + ["the loss of step 0 is nan"]
 
 
 def outcomes(model: Path) -> list[str]:
-    """Of each case with an infinite gradient at a finite loss, and with a weight that is NaN."""
+    """Of each case, with an infinite gradient at a finite loss, or with a weight that is NaN."""
     import torch
 
     from services import recipe
@@ -51,24 +48,23 @@ def outcomes(model: Path) -> list[str]:
     from trainer.step import NotFinite, train_step
 
     words = []
-    with join(recipe.parse(make_recipe(model, *CASES[0])).trainer) as ranks:
-        for stage, dtype in CASES:
+    with join(recipe.parse(make_recipe(model, 2, "float32")).trainer) as ranks:
+        for stage, dtype, fault in CASES:
             chosen = recipe.parse(make_recipe(model, stage, dtype))
-            for fault in ("gradient", "weight"):
-                policy = policies.load(chosen.model)
-                weight = policy.model.get_submodule("model.layers.0.mlp.up_proj").weight
-                if fault == "gradient":
-                    weight.register_hook(lambda gradient: gradient * torch.inf)
-                else:
-                    weight.data[0, 0] = torch.nan
-                engine = engines.start(policy, chosen, ranks)
-                batch = sequences(make_groups(3, seed=1), policy.vocab_size)
-                try:
-                    train_step(engine, None, batch, 0, chosen.trainer, ranks)
-                    words.append("taken")
-                except NotFinite as error:
-                    words.append(str(error))
-                engine.destroy()
+            policy = policies.load(chosen.model)
+            weight = policy.model.get_submodule("model.layers.0.mlp.up_proj").weight
+            if fault == "gradient":
+                weight.register_hook(lambda gradient: gradient * torch.inf)
+            else:
+                weight.data[0, 0] = torch.nan
+            engine = engines.start(policy, chosen, ranks)
+            batch = sequences(make_groups(3, seed=1), policy.vocab_size)
+            try:
+                train_step(engine, None, batch, 0, chosen.trainer, ranks)
+                words.append("taken")
+            except NotFinite as error:
+                words.append(str(error))
+            engine.destroy()
     return words
 
 
