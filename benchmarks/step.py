@@ -79,7 +79,9 @@ def run_rlif(folder: Path, number: int, steps: int, threads: int, arm: dict) -> 
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(rlif_recipe(folder, run, steps, threads, **arm)))
     command = [sys.executable, "-m", "services.cli.main", "up", str(path)]
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = run.with_suffix(".log")
+    with log.open("w") as out:
+        process = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     used: list[float] = []
     while process.poll() is None:
         file = run / "steps.jsonl"
@@ -87,7 +89,7 @@ def run_rlif(folder: Path, number: int, steps: int, threads: int, arm: dict) -> 
         used += [cpu_seconds(process)] * (lines - len(used))
         time.sleep(0.02)
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+        raise SystemExit(f"rlif up ended with {process.returncode}:\n{log.read_text()[-4000:]}")
     records = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     cpu = [later - earlier for earlier, later in zip(used, used[1:], strict=False)]
     return [
@@ -164,7 +166,9 @@ print(json.dumps(done[1:]))
 
 def run_trl(folder: Path, steps: int, threads: int) -> Steps:
     arguments = [str(folder), *map(str, (steps, PROMPTS, GROUP, TOKENS, threads))]
-    done = subprocess.run([sys.executable, "-c", TRL_ARM, *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", TRL_ARM, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"TRL ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -191,6 +195,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=0, help="prompts of at least so many characters")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each process")
     options = parser.parse_args()
+    # The first step of each arm, which warms up, is never among those measured.
+    if options.warmup + 1 >= options.steps:
+        parser.error(f"--steps: {options.steps} leaves none after the first and --warmup ({options.warmup}) others")
     steps: dict[str, Steps] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory(prefix="rlif-bench-") as name:
         folder = Path(name)
@@ -203,6 +210,10 @@ def main() -> None:
                     else run_rlif(folder, number, options.steps, options.threads, settings)
                 )
                 steps[arm] += measured[options.warmup :]
+                seconds = sum(step["total"] for step in measured)
+                print(
+                    f"round {number + 1} of {options.rounds}, {arm}: {len(measured)} steps, {seconds:.0f} s", flush=True
+                )
     print(f"{PROMPTS} prompts x {GROUP} completions x {TOKENS} tokens, {options.threads} thread(s) a process")
     print(f"load of the machine over the last 15 minutes: {os.getloadavg()[2]:.1f}")
     report(steps)

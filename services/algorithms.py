@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from services.contract import Sampling
 from services.section import Section
 from services.spec import Combine, Normalize
 
@@ -190,4 +191,14 @@ def contradiction(algorithm: Name, combine: Combine) -> str:
     return (
         f"combine.normalize: {combine.normalize}, but {algorithm} ({known.paper}) is defined with {known.normalize}; "
         "it is trained as asked"
+    )
+
+
+def cut_sampling(sampling: Sampling) -> str:
+    """One line when completions are drawn from less than the policy's whole distribution, or nothing."""
+    if sampling.top_p == 1 and sampling.top_k == 0:
+        return ""
+    return (
+        f"rollout.sampling: top_p {sampling.top_p:g}, top_k {sampling.top_k}: completions are drawn from a part of the "
+        "policy's distribution and trained as if from all of it; top_p 1 and top_k 0 have no such bias"
     )

@@ -113,6 +113,14 @@ async def after(redis: Redis, run_id: str, count: int) -> list[AnyOrder]:
     return [order for order in given if order.id not in obeyed]
 
 
+async def unnoted(redis: Redis, run_id: str, count: int) -> list[AnyOrder]:
+    """Those of the first `count` orders of which nobody noted what came; none where redis lost its data."""
+    store: Any = redis
+    given = [parse(body) for body in await store.lrange(Keys(run_id).commands, 0, -1)]
+    obeyed = await all_obeyed(redis, run_id)
+    return [order for order in given[:count] if order.id not in obeyed] if len(given) >= count else []
+
+
 async def note_obeyed(redis: Redis, run_id: str, order_id: str, obeyed: Obeyed) -> None:
     store: Any = redis
     await store.hset(Keys(run_id).commands_obeyed, order_id, obeyed.model_dump_json())

@@ -132,8 +132,9 @@ def _config_file(model: Model) -> Path:
     )
 
 
-def need(recipe: Recipe, model: Shape) -> Need:
-    """What one rank of the trainer needs at its worst moment, a step's last backward pass."""
+def need(recipe: Recipe, model: Shape, overlaps: bool = True) -> Need:
+    """What one rank of the trainer needs at its worst moment, a step's last backward pass, which the reduction of
+    gradients `overlaps` on a GPU."""
     trainer, size = recipe.trainer, BYTES[recipe.model.dtype]
     ranks, stage, lora = trainer.ranks, trainer.zero_stage, recipe.model.lora
     whole = model.parameters
@@ -154,7 +155,7 @@ def need(recipe: Recipe, model: Shape) -> Need:
         optimizer = 0
         gradients = 0 if stage >= 2 else gradients
     bucket = min(BUCKET, learned)
-    buffers = 0 if stage == 0 else bucket * (size + (4 if ranks > 1 else 0))
+    buffers = bucket * _reduction(stage, size, overlaps)
     if stage == 3:
         buffers += size * min(LIVE, whole)
     reference = size * share(whole, 3) if trainer.kl_beta > 0 and lora is None else 0
@@ -169,6 +170,18 @@ def need(recipe: Recipe, model: Shape) -> Need:
         head += size * model.vocab * model.hidden * (2 if model.tied else 1)
     activations = tokens * _per_token(model, size, trainer.gradient_checkpointing)
     return Need(weights, gradients, optimizer, buffers, reference, activations, head, CUDA)
+
+
+def _reduction(stage: int, size: int, overlaps: bool) -> int:
+    """Bytes that DeepSpeed holds for each element of a bucket of gradients while it reduces them."""
+    if stage == 0:
+        return 0
+    if stage == 3:
+        # In float32, and flattened once more by the rank that each part goes to.
+        return 4 + 4
+    # Stage 1 stages float32 sums. One bucket fills while the other is flattened and brought to float32 to be reduced.
+    staged = 4 if stage == 1 else size
+    return staged * (2 if overlaps else 1) + staged + (4 if staged < 4 else 0)
 
 
 def _tokens(recipe: Recipe) -> tuple[int, int]:

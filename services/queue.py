@@ -88,9 +88,9 @@ class GroupQueue:
     """One run's queue. `patience_seconds` is how long an operation outlasts a redis that is away before it raises
     DeadlineExceeded; `max_deliveries` how often an entry may be begun without being finished before it is buried.
 
-    Pushers use `push`, `bury`, `leave_out`, `seen`. The consumer calls `claim_lineage`, `recall`, `recover`, then, for
-    every step, `pull`, `begin`, `finish`, and `ack` once a checkpoint holds the step. Its calls raise Fenced when
-    another claimed later.
+    Pushers use `push`, `bury`, `leave_out`, `seen`. The consumer calls `claim_lineage`, where it goes further back than
+    to the newest checkpoint (`lost` tells) `undo`, `recall`, `recover`, then, for every step, `pull`, `begin`,
+    `finish`, and `ack` once a checkpoint holds the step. Its calls raise Fenced when another claimed later.
     """
 
     def __init__(self, redis: Redis, run_id: str, max_deliveries: int = 3, patience_seconds: float = 300.0):
@@ -171,6 +171,14 @@ class GroupQueue:
             log.warning("run %s: redis had forgotten %d groups that were trained", self.run_id, unknown)
         return unknown
 
+    async def lost(self, groups: Iterable[str]) -> list[str]:
+        """Those of `groups` (ids), which were trained after the restored checkpoint, that will not come again: they are
+        acknowledged, for a later checkpoint held them, which is gone or damaged. `undo` has them made again."""
+        keys, found = [self.keys.lineage, self.keys.groups, self.keys.pushed], list[bytes]()
+        for ids in _batches(sorted(groups)):
+            found += await self._run(scripts.LOST, keys, [self._fence, *ids], "look for lost groups")
+        return [group_id.decode() for group_id in found]
+
     async def recover(self, consumed: Iterable[str]) -> None:
         """Take over every pending entry, whichever consumer held it: those in `consumed` (entry ids out of the restored
         checkpoint) are acknowledged, the others will be pulled again, in stream order, before new ones."""
@@ -187,11 +195,12 @@ class GroupQueue:
         It may be cut off and called again.
         """
         await self._run(scripts.RAISE_FLOOR, [self.keys.lineage, self.keys.floor], [self._fence], "raise the floor")
-        for ids in _batches(sorted(groups)):
-            await self._run(scripts.FORGET, [self.keys.lineage, self.keys.pushed], [self._fence, *ids], "forget groups")
         keys = [self.keys.lineage, self.keys.groups, self.keys.pushed, self.keys.attempts]
         await self._run(scripts.EMPTY, keys, [self._fence, GROUP], "empty the queue")
         self._held, self._next = set(), {}
+        # Last: until they are forgotten, `lost` tells whoever is restored after a cut that this was not done.
+        for ids in _batches(sorted(groups)):
+            await self._run(scripts.FORGET, [self.keys.lineage, self.keys.pushed], [self._fence, *ids], "forget groups")
 
     async def pull(self, count: int, deadline_seconds: float) -> list[Entry]:
         """The next `count` groups. Entries that cannot be decoded, and those begun too often, are dead-lettered.

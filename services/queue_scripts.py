@@ -90,6 +90,20 @@ for i = 2, #ARGV do news = news + redis.call('HSETNX', KEYS[2], ARGV[i], 'traine
 return news
 """
 )
+# Pushed, and neither given up nor in the stream any more.
+LOST = (
+    FENCE
+    + """
+local lost = {}
+for i = 2, #ARGV do
+  local entry = redis.call('HGET', KEYS[3], ARGV[i])
+  if entry and entry ~= 'dead' and entry ~= 'left_out' then
+    if entry == 'trained' or #redis.call('XRANGE', KEYS[2], entry, entry) == 0 then lost[#lost + 1] = ARGV[i] end
+  end
+end
+return lost
+"""
+)
 RAISE_FLOOR = FENCE + "redis.call('SET', KEYS[2], ARGV[1])"
 # What was given up stays given up.
 FORGET = (

@@ -13,7 +13,8 @@ from objective_oracle import Sequence
 from scored_groups import make_groups
 
 from services import recipe
-from services.algorithms import ALGORITHMS, ClipCov, Objective
+from services.algorithms import ALGORITHMS, ClipCov, Objective, cut_sampling
+from services.contract import Sampling
 from services.recipe import Trainer
 from trainer.algorithms.advantages import clip_cov, whiten
 from trainer.algorithms.divergences import k1, k2, k3
@@ -215,6 +216,16 @@ def test_a_mask_drops_tokens_or_whole_sequences(level):
     assert policy.grad is not None and [grad == 0 for grad in policy.grad.tolist()] == dropped
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("how", [{"high": 1.0}, {"mode": "mask", "high": 1.0}, {"mode": "mask", "low": 1.0}])
+def test_a_weight_at_the_bound_is_kept_as_it_is(level, how):
+    """The rollout's numbers equal to the trainer's: exactly 1 each."""
+    objective = objective_of("grpo", importance={"level": level, **how})
+    policy = torch.tensor([-0.3, -2.7, -1.1], requires_grad=True)
+    terms = token_losses(policy, policy.detach(), torch.ones(3), torch.tensor([0, 0, 1]), objective)
+    assert terms.importance.tolist() == [1.0] * 3 and not terms.truncated.any()
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("importance", [None, {"level": "sequence"}, {"level": "token", "mode": "mask"}])
 def test_far_apart_logprobs_stay_finite(algorithm, importance):
@@ -268,6 +279,15 @@ def test_estimators_and_their_gradients_in_the_mean():
     assert mean_gradient(k1) == pytest.approx([0.0] * 6, abs=1e-12)
     assert mean_gradient(k2) == pytest.approx(exact_gradient(forward, logits), rel=1e-9)
     assert mean_gradient(k3) == pytest.approx(exact_gradient(backward, logits), rel=1e-9)
+
+
+def test_a_policy_far_from_its_reference_is_still_pulled_back():
+    """A token that the reference gives e^-60: k3 grows with the distance, and its gradient stays that of logp."""
+    for estimator, value, slope in ((k1, 60.0, 1.0), (k2, 1800.0, 60.0), (k3, 59.0, 1.0)):
+        logprob = torch.zeros(1, requires_grad=True)
+        found = estimator(logprob, torch.tensor([-60.0]))
+        (grad,) = torch.autograd.grad(found.sum(), logprob)
+        assert (found.item(), grad.item()) == (pytest.approx(value), pytest.approx(slope))
 
 
 # ---- weights, whitening, clip-cov ---------------------------------------------------------------------------------
@@ -426,6 +446,12 @@ def test_an_explicit_key_wins_and_a_dump_says_the_same(algorithm):
     assert (made.trainer.clip_high, made.trainer.kl_beta) == (0.7, 0.25)
     assert recipe.parse(recipe.yaml.safe_load(recipe.dump(made))) == made
     assert made.spec is not None and made.spec.combine.normalize == ALGORITHMS[algorithm].normalize
+
+
+@pytest.mark.parametrize(("sampling", "word"), [({}, ""), ({"top_p": 0.9}, "top_p 0.9"), ({"top_k": 5}, "top_k 5")])
+def test_sampling_from_a_part_of_the_distribution_is_doubted(sampling, word):
+    doubt = cut_sampling(Sampling(**sampling))
+    assert word in doubt and bool(doubt) == bool(word)
 
 
 def test_an_explicit_combine_wins_over_the_algorithm():

@@ -65,6 +65,25 @@ def test_a_killed_supervisor_is_resumed(unbroken, tiny_model):
     assert_unharmed(again.dir, unbroken.dir)
 
 
+@pytest.mark.faults
+def test_what_only_a_damaged_checkpoint_held_is_made_again(unbroken, tiny_model):
+    """Its groups are acknowledged long since."""
+    folder = unbroken.dir.parent
+    recipe = write_recipe(folder, tiny_model, "spoilt")
+    run = Run(recipe, folder / "spoilt")
+    try:
+        run.wait_step(8)
+    finally:
+        run.process.kill()
+        run.close()
+    newest = max((run.dir / "checkpoints").glob("0-*"), key=lambda path: int(path.name[2:]))
+    (victim,) = newest.glob("rank-0/*.safetensors")
+    os.truncate(victim, victim.stat().st_size // 2)
+    again = Run(recipe, folder / "spoilt", "--resume")
+    assert again.finish() == 0, again.screen()
+    assert_unharmed(again.dir, unbroken.dir)
+
+
 def test_a_lost_redis_costs_nothing_that_a_checkpoint_holds(unbroken, tiny_model):
     folder = unbroken.dir.parent
     recipe = write_recipe(folder, tiny_model, "forgotten")

@@ -13,6 +13,7 @@ from test_trainer import GROUPS_PER_STEP, STEPS, Run, make_recipe, read_steps, s
 from services import commands, pause, recipe
 from services.commands import Evaluated, EvaluationResult, Finish, RaiseBeta, RollBack, Stop
 from services.contract import Version
+from services.keys import Keys
 from services.queue import GroupQueue
 from services.redis import DeadlineExceeded, connect
 from trainer.checkpoint import Progress
@@ -111,6 +112,36 @@ def test_while_the_run_is_paused_nothing_is_late(tiny_model, redis_url, tmp_path
             time.sleep(late)  # the pause is long over
             _next(feed, Progress(), 288, ranks)
         assert time.monotonic() - began < paused_for + late
+    finally:
+        feed.close()
+
+
+def test_what_a_dead_trainer_could_not_say_is_said_by_the_restored_one(tiny_model, redis_url, tmp_path):
+    """It went back, saved that, and was killed before it noted what came of the order, for which the guard waits."""
+    run = Run(tmp_path, tiny_model, redis_url, "unsaid")
+    given = [
+        RaiseBeta(id="raise", factor=2.0, cap=0.5, reason="r"),
+        RollBack(id="back", before=2, rate_factor=0.5, reason="r"),
+        Stop(id="stop", reason="r"),
+        Finish(id="not yet"),
+    ]
+    for one in given:
+        order(run, one)
+    said = commands.Obeyed(step=5, lineage=0, effect="kl_beta 0.1 -> 0.2")
+    on_redis(lambda client: commands.note_obeyed(client, run.name, "raise", said), redis_url)
+    feed = Feed(redis_url, run.recipe, Waits())
+    try:
+        feed.note_restored(Progress(step=1, lineage=2, orders=3))
+        found = obeyed(run)
+        assert found.keys() == {"raise", "back"} and found["raise"] == said
+        assert (found["back"].step, found["back"].lineage) == (1, 2)
+        # A redis that lost its data knows of less than was obeyed.
+        keys = Keys(run.name)
+        lost = keys.commands, keys.command_ids, keys.commands_obeyed
+        on_redis(lambda client: client.delete(*lost), redis_url)
+        order(run, given[3])
+        feed.note_restored(Progress(step=1, lineage=2, orders=3))
+        assert obeyed(run) == {}
     finally:
         feed.close()
 

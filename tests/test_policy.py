@@ -5,9 +5,12 @@ import torch
 from scored_groups import make_groups, token_logprobs, trained_pairs
 from tiny import make_capped_model, make_tiny_model
 
+from services import recipe
 from services.recipe import Model, RecipeError
 from trainer import policy as policies
+from trainer import reference as references
 from trainer.batch import deal, micro_batch, sequences
+from trainer.ranks import Ranks
 
 
 @pytest.fixture(scope="module", params=["tied", "untied", "capped"])
@@ -72,6 +75,22 @@ def test_tensors_have_hugging_face_names_once(folder):
 def test_the_reference_is_frozen(tiny_model):
     policy = policies.reference(Model(path=str(tiny_model), dtype="float32"))
     assert not any(p.requires_grad for p in policy.parameters()) and not policy.training
+
+
+@pytest.mark.parametrize("kind", ["frozen", "ema"])
+def test_a_moving_reference_begins_where_training_does(tiny_model, tmp_path, kind):
+    """With --resume-from it is the folder's weights; a frozen one stays the recipe's model."""
+    begun = Model(path=str(make_tiny_model(tmp_path / "begun", seed=1)), dtype="float32")
+    keys = {"steps": 1, "groups_per_step": 1, "kl_beta": 0.1, "zero_stage": 0, "reference": {"kind": kind}}
+    made = {"run": {"name": "r", "dir": "r"}, "model": {"path": str(tiny_model), "dtype": "float32"}}
+    chosen = recipe.parse(
+        {**made, "data": {"path": "d", "fields": {"prompt": "p"}}, "rewards": "intuitor", "trainer": keys}
+    )
+    reference = references.start(chosen, Ranks(0, 1, torch.device("cpu")), policies.load(begun), begun)
+    assert reference is not None
+    wanted = policies.load(begun if kind == "ema" else chosen.model)
+    for found, expected in zip(reference.module.parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_a_missing_model_is_refused_by_key(tmp_path):

@@ -366,6 +366,56 @@ async def test_what_a_roll_back_undoes_is_made_again(queue, redis, run_id):
     assert ids(await queue.pull(4, 5)) == ids_[2:6]
 
 
+async def test_groups_that_only_a_lost_checkpoint_held_are_told_from_those_that_come_again(queue, redis, run_id):
+    groups = make_groups(8, size=1, run=run_id)
+    ids_ = [group.group_id for group in groups]
+    lineage = await queue.claim_lineage(0)
+    for group in groups[:6]:
+        await queue.push(group)
+    await queue.bury(ids_[6], 6, "refused")
+    await queue.leave_out(ids_[7], 7)
+    entries = await queue.pull(5, 5)
+    await queue.ack([entry.entry_id for entry in entries[:4]], lineage)
+    # The checkpoint that held all four is gone, an earlier one holds the first two; the fifth was trained since.
+    successor = GroupQueue(redis, run_id)
+    await successor.claim_lineage(1)
+    assert await successor.lost([ids_[4], *ids_[5:], "never made"]) == []
+    assert sorted(await successor.lost(ids_[2:])) == sorted(ids_[2:4])
+    await successor.recall(ids_[2:4])  # a redis that lost its data was once told of them
+    assert sorted(await successor.lost(ids_[2:])) == sorted(ids_[2:4])
+    with pytest.raises(Fenced):
+        await queue.lost(ids_)
+    await successor.undo(ids_[2:5])
+    assert await successor.lost(ids_[2:]) == []
+    assert await successor.seen() == {*ids_[:2], *ids_[6:]}
+
+
+async def test_what_cuts_an_undoing_off_leaves_a_trace_of_it(queue, run_id, monkeypatch):
+    """Whoever is restored then finds the groups lost again, or nothing left to do: an order half made is no order."""
+    groups = make_groups(4, size=1, run=run_id)
+    lineage = await queue.claim_lineage(0)
+    for group in groups:
+        await queue.push(group)
+    ids_ = [group.group_id for group in groups]
+    await queue.ack([entry.entry_id for entry in await queue.pull(2, 5)], lineage)
+    real = queue._run
+    for cut in range(3):
+        calls = iter(range(9))
+
+        async def until_it_is_cut(*args, cut=cut, calls=calls):
+            if next(calls) >= cut:
+                raise DeadlineExceeded("cut off")
+            return await real(*args)
+
+        monkeypatch.setattr(queue, "_run", until_it_is_cut)
+        with pytest.raises(DeadlineExceeded):
+            await queue.undo(ids_[:2])
+        monkeypatch.setattr(queue, "_run", real)
+        assert sorted(await queue.lost(ids_[:2])) == sorted(ids_[:2])
+    await queue.undo(ids_[:2])
+    assert await queue.seen() == set() and await state(queue) == (0, 0, 0)
+
+
 async def test_only_the_newest_trainer_undoes(queue, redis, run_id):
     await pushed(queue, 2)
     await queue.claim_lineage(0)

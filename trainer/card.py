@@ -30,7 +30,7 @@ def write(run_dir: Path, version: Version) -> str:
         base_model=base if base and _is_public(base) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["rlif", "reinforcement-learning", "grpo"],
+        tags=["rlif", "reinforcement-learning", *([recipe.trainer.algorithm] if recipe else [])],
     )
     name = recipe.run.name if recipe else run_dir.name
     parts = [f"---\n{data.to_yaml()}\n---", f"# {name}, step {version.version}"]

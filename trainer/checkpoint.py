@@ -136,9 +136,15 @@ def best(directory: Path, recipe: Recipe) -> tuple[Path, Progress] | None:
     Its progress is that of its own time: whoever goes back to it takes a lineage that is newer than every other, and
     saves a checkpoint at once, or the next start would go on from the one that was to be undone.
     """
+    path = best_folder(directory)
+    return (path, _progress(path, recipe)) if path is not None else None
+
+
+def best_folder(directory: Path) -> Path | None:
+    """`best`, of whatever run and model. Raises RecipeError: it is of a format that is not read here."""
     name = _pointed(directory, BEST)
     path = next((path for path in _named(directory) if path.name == name), None)
-    return (path, _progress(path, recipe)) if path is not None and sound(path) else None
+    return path if path is not None and sound(path) else None
 
 
 def before(directory: Path, recipe: Recipe, step: int) -> tuple[Path, Progress] | None:

@@ -32,19 +32,20 @@ ABOUT = "rlif.json"
 FOLDER = re.compile(r"^(\d+)-(\d+)$")
 
 
-def export(run_dir: Path, out_dir: Path) -> Version:
+def export(run_dir: Path, out_dir: Path, best: bool = False) -> Version:
     """Write the newest weights of the run in `run_dir` to the new folder `out_dir`, and return their version.
 
-    Takes the newest published version, or the newest checkpoint where that is newer or what was published is damaged.
-    Beside the weights: a model card (README.md), and `rlif.json`, from which a run can go on (`begin_from`).
-    Raises RecipeError: no weights there, or `out_dir` is not empty.
+    Takes the newest published version, or the newest checkpoint where that is newer or what was published is damaged;
+    with `best`, the checkpoint that evaluation found to be the best. Beside the weights: a model card (README.md), and
+    `rlif.json`, from which a run can go on (`begin_from`). Raises RecipeError: no such weights there, or `out_dir` is
+    not empty.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     if out_dir.exists() and any(out_dir.iterdir()):
         raise RecipeError(f"{out_dir} is not empty; choose a new folder")
     base = _base(run_dir)
-    published = _published(_weights_dir(run_dir), base)
-    saved = _newest(run_dir / "checkpoints", checkpoint.sound)
+    published = None if best else _published(_weights_dir(run_dir), base)
+    saved = _best(run_dir / "checkpoints") if best else _newest(run_dir / "checkpoints", checkpoint.sound)
     if published is None and saved is None:
         raise RecipeError(f"{run_dir} holds neither published weights nor a checkpoint")
     aside = out_dir.with_name(f".{out_dir.name}.tmp")
@@ -69,7 +70,7 @@ def export(run_dir: Path, out_dir: Path) -> Version:
     return version
 
 
-def push(run_dir: Path, repository: str, private: bool) -> str:
+def push(run_dir: Path, repository: str, private: bool, best: bool = False) -> str:
     """Export the run and upload it to the Hugging Face hub (HF_ENDPOINT) as `repository`; returns its URL.
 
     The token is HF_TOKEN. Raises RecipeError as `export` does, and StartupError: no token, or the hub refuses.
@@ -83,7 +84,7 @@ def push(run_dir: Path, repository: str, private: bool) -> str:
         raise StartupError("HF_TOKEN: is not set; the hub takes a model only from whom it knows")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(dir=run_dir, prefix=".push-") as folder:
-        version = export(run_dir, Path(folder) / "model")
+        version = export(run_dir, Path(folder) / "model", best)
         try:
             url = api.create_repo(repository, private=private, exist_ok=True)
             message = f"rlif: weights {version}"
@@ -135,12 +136,23 @@ def trained_groups(run_dir: Path, step: int) -> list[str]:
     """The groups (ids) of the first `step` steps, from the audit trail."""
     if step == 0:
         return []
+    return [group_id for row in _rows(run_dir) if row["step"] <= step for group_id in row["group_ids"]]
+
+
+def trained_later(run_dir: Path, step: int) -> list[str]:
+    """The groups (ids) of the steps after `step`."""
+    steps = run_dir / "steps.jsonl"
+    if not steps.exists() or not steps.stat().st_size:
+        return []
+    return [group_id for row in _rows(run_dir) if row["step"] > step for group_id in row["group_ids"]]
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
     try:
-        rows = read_steps(run_dir / "steps.jsonl")
+        return read_steps(run_dir / "steps.jsonl")
     except StepsError as error:
         log.warning("only redis knows which groups were trained: %s", error)
         return []
-    return [group_id for row in rows if row["step"] <= step for group_id in row["group_ids"]]
 
 
 def _run_name(run_dir: Path) -> str | None:
@@ -154,6 +166,17 @@ def _weights_dir(run_dir: Path) -> Path | str:
     path = run_dir / "recipe.yaml"
     chosen = recipes.load(path).weights.dir if path.exists() else None
     return chosen or run_dir / "weights"
+
+
+def _best(directory: Path) -> tuple[Version, Path]:
+    folder = checkpoint.best_folder(directory)
+    if folder is None:
+        raise RecipeError(
+            f"{directory.parent} has no best checkpoint: the recipe had no `evaluation`, none is done yet, or it is "
+            "damaged; without --best the newest weights are taken"
+        )
+    lineage, _, step = folder.name.partition("-")
+    return Version(lineage=int(lineage), version=int(step)), folder
 
 
 def _newest(directory: Path, sound: Callable[[Path], bool]) -> tuple[Version, Path] | None:

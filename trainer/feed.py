@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from services import commands, pause
-from services.commands import AnyOrder, Finish, Obeyed
+from services.commands import AnyOrder, Finish, Obeyed, Stop
 from services.contract import WeightVersion
 from services.queue import Entry, GroupQueue
 from services.recipe import Recipe
@@ -68,10 +68,17 @@ class Feed:
         with self.waits.on("redis", "no answer", REDIS_PATIENCE_SECONDS):
             return self.runner.run(call)
 
-    def claim(self, at_least: int, consumed: Sequence[str], trained: Sequence[str]) -> int:
+    def claim(
+        self, at_least: int, consumed: Sequence[str], trained: Sequence[str], trained_later: Sequence[str] = ()
+    ) -> int:
         """Take the run over: a lineage of our own, and the entries an earlier trainer left. `consumed` entries and
-        `trained` groups (ids) are those whose effect the restored checkpoint holds."""
+        `trained` groups (ids) are those whose effect the restored checkpoint holds. Where it is not the newest that was
+        durable once, groups of those `trained_later` are gone from the queue: they, and what lies there, will be made
+        again."""
         lineage = self._ask(self.queue.claim_lineage(at_least))
+        if lost := self._ask(self.queue.lost(trained_later)):
+            log.warning("%d groups that only a lost checkpoint held are made again, and all that follow", len(lost))
+            self._ask(self.queue.undo(trained_later))
         self._ask(self.queue.recall(trained))
         self._ask(self.queue.recover(set(consumed)))
         return lineage
@@ -182,6 +189,16 @@ class Feed:
             return await call
         finally:
             self._waiting = None
+
+    def note_restored(self, progress: Progress) -> None:
+        """Orders whose effect the restored checkpoint holds, and whose trainer died before it could say so: the guard
+        waits for that. Not of a stop, for this trainer goes on."""
+        run_id = self.recipe.run.name
+        what, patience = f"run {run_id}: orders obeyed", STATUS_PATIENCE_SECONDS
+        found = self._ask(insist(lambda: commands.unnoted(self.redis, run_id, progress.orders), what, patience))
+        for order in found:
+            if not isinstance(order, Stop):
+                self.note_obeyed(order, progress, f"held by the checkpoint of step {progress.step}")
 
     def note_obeyed(self, order: AnyOrder, progress: Progress, effect: str) -> None:
         """After what it did is durable, where that matters."""

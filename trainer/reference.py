@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from services.recipe import Recipe, RecipeError
+from services.recipe import Model, Recipe, RecipeError
 from trainer import engine as engines
 from trainer import policy as policies
 from trainer.batch import MicroBatch
@@ -97,16 +97,17 @@ def _place(parameter: nn.Parameter) -> tuple[int, int]:
     return start, max(0, min(share.partition_numel(), share.ds_numel - start))
 
 
-def start(recipe: Recipe, ranks: Ranks, trained: Policy) -> Reference | None:
+def start(recipe: Recipe, ranks: Ranks, trained: Policy, begun: Model | None = None) -> Reference | None:
     """The reference of a recipe, ready on this rank; none without a KL term. Where only adapters are trained, it is
-    the `trained` model with these switched off."""
+    the `trained` model with these switched off. `begun`: what training begins with, where that is not the recipe's
+    model; a moving average begins there, too."""
     trainer = recipe.trainer
     if trainer.kl_beta == 0:
         return None
     if recipe.model.lora is not None:
         return Reference(policies.WithoutAdapters(trained))
-    base = policies.reference(recipe.model)
     decay = trainer.reference.decay if trainer.reference.kind == "ema" else None
+    base = policies.reference(recipe.model if decay is None or begun is None else begun)
     if trainer.zero_stage == 3 or not trainer.reference.offload:
         return Reference(engines.start_frozen(base, recipe, ranks), decay=decay)
     _leave_at_home(base, ranks.device)

@@ -21,12 +21,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Start:
     """From `checkpoint`, or from the weights of the folder `model`, or (both empty) from the recipe's model, where
-    `progress` says. Its lineage is the last one known of; `trained`: the groups (ids) of its steps."""
+    `progress` says. Its lineage is the last one known of; `trained`: the groups (ids) of its steps, `trained_later`:
+    those of the steps after it that this run has made once."""
 
     checkpoint: str = ""
     model: str = ""
     progress: Progress = field(default_factory=lambda: Progress(lineage=-1))
     trained: list[str] = field(default_factory=list)
+    trained_later: list[str] = field(default_factory=list)
 
 
 def find(recipe: Recipe, resume: bool, resume_from: Path | None, ranks: Ranks) -> Start:
@@ -49,6 +51,8 @@ def find(recipe: Recipe, resume: bool, resume_from: Path | None, ranks: Ranks) -
             start = Start("", str(resume_from), progress, export.trained_before(resume_from) if progress.step else [])
         else:
             start = Start()
+        if go_on:
+            start = replace(start, trained_later=export.trained_later(run_dir, start.progress.step))
         payload = json.dumps(asdict(start)).encode()
     tree = json.loads(ranks.broadcast(payload))
     return Start(**{**tree, "progress": Progress(**tree["progress"])})
@@ -60,13 +64,18 @@ def restore(
     """The state to go on from, in a lineage that no trainer of this run has had."""
     payload = None
     if feed is not None:
-        lineage = feed.claim(start.progress.lineage + 1, start.progress.unacknowledged, start.trained)
+        lineage = feed.claim(
+            start.progress.lineage + 1, start.progress.unacknowledged, start.trained, start.trained_later
+        )
         payload = str(lineage).encode()
     lineage = int(ranks.broadcast(payload))
     if start.checkpoint:
         _load(engine, reference, Path(start.checkpoint), ranks)
     log.info("lineage %d starts from %s", lineage, start.checkpoint or start.model or recipe.model.path)
-    return replace(start.progress, lineage=lineage, unacknowledged=[])
+    progress = replace(start.progress, lineage=lineage, unacknowledged=[])
+    if feed is not None:
+        feed.note_restored(progress)
+    return progress
 
 
 def roll_back(
@@ -87,8 +96,8 @@ def roll_back(
         start = {"path": "", "step": progress.step, "lineage": progress.lineage}
         if found is not None:
             path, then = found
-            trained, all_trained = (export.trained_groups(run_dir, step) for step in (then.step, progress.step))
-            lineage = feed.go_back(progress.lineage + 1, trained, sorted(set(all_trained) - set(trained)))
+            trained, undone = export.trained_groups(run_dir, then.step), export.trained_later(run_dir, then.step)
+            lineage = feed.go_back(progress.lineage + 1, trained, undone)
             start = {"path": str(path), "step": then.step, "lineage": lineage}
         payload = json.dumps(start).encode()
     start = json.loads(ranks.broadcast(payload))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from services import commands, traces, trail
-from services.algorithms import contradiction
+from services.algorithms import contradiction, cut_sampling
 from services.commands import AnyOrder, RollBack, Stop
 from services.contract import Adapter, Version
 from services.queue import Entry
@@ -59,8 +59,10 @@ def main(recipe: Recipe, redis_url: str, resume: bool = False, resume_from: Path
     """
     engines.check(recipe)
     _refuse_used_folder(recipe, resume or resume_from is not None)
-    doubt = "" if recipe.spec is None else contradiction(recipe.trainer.algorithm, recipe.spec.combine)
-    if doubt:
+    doubts = [cut_sampling(recipe.rollout.sampling)]
+    if recipe.spec is not None:
+        doubts.append(contradiction(recipe.trainer.algorithm, recipe.spec.combine))
+    for doubt in filter(None, doubts):
         log.warning(doubt)
     with join(recipe.trainer) as ranks, ExitStack() as stack:
         waits = Waits()
@@ -89,7 +91,7 @@ def _train(
     trained = policy.load(model, trainer.gradient_checkpointing)
     adapter = lora.published(trained.model, model) if model.lora is not None else None
     engine = engines.start(trained, recipe, ranks)
-    reference = references.start(recipe, ranks, trained)
+    reference = references.start(recipe, ranks, trained, model)
     progress = starts.restore(engine, reference, recipe, start, ranks, feed)
     first = progress.step
     waits.over("model")

@@ -152,15 +152,19 @@ def train(
     raise typer.Exit(main(chosen, url, resume, resume_from))
 
 
+BestOption = Annotated[bool, typer.Option("--best", help="The checkpoint that evaluation found to be the best.")]
+
+
 def export(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    best: BestOption = False,
 ) -> None:
     """Write the run's newest weights as a Hugging Face model folder that transformers and vLLM load."""
     logs.configure("WARNING")
     from trainer.export import export as export_run
 
-    version = export_run(run, out)
+    version = export_run(run, out, best)
     Console().print(f"{out}: version {version} of {run}", highlight=False)
 
 
@@ -168,9 +172,10 @@ def push_to_hub(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     repository: Annotated[str, typer.Argument(help="The model's name on the hub: OWNER/NAME.")],
     private: Annotated[bool, typer.Option("--private", help="Only you see it, where it is made anew.")] = False,
+    best: BestOption = False,
 ) -> None:
     """Export the run's newest weights, with a model card, to the Hugging Face hub. HF_TOKEN has the token."""
     logs.configure("WARNING")
     from trainer.export import push
 
-    Console().print(push(run, repository, private), highlight=False)
+    Console().print(push(run, repository, private, best), highlight=False)

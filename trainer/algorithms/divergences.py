@@ -6,7 +6,7 @@ itself; on tokens that another policy sampled none of the three keeps that mean 
 
 from torch import Tensor
 
-from trainer.algorithms.ratios import bounded
+from trainer.algorithms.ratios import LOG_RATIO_BOUND
 
 
 def k1(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -21,7 +21,8 @@ def k2(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """exp(d) - d - 1: unbiased, >= 0. Its gradient, (1 - exp(d)) grad logprob, is that of KL(reference || policy)."""
-    difference = bounded(reference - logprobs)
+    # From above alone: where the policy has run far away from the reference (d << 0), the pull back must stay.
+    difference = (reference - logprobs).clamp(max=LOG_RATIO_BOUND)
     return difference.exp() - difference - 1
 
 
