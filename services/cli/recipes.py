@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from services import epoch, memory, recipe
-from services.algorithms import contradiction
+from services.algorithms import contradiction, cut_sampling
 from services.control import CONTROLS, with_control
 from services.preparation.known import published_rows
 from services.recipe import Recipe, RecipeError
@@ -108,7 +108,8 @@ def doubts(chosen: Recipe, rows: int | None) -> list[str]:
     repeated, each = "", chosen.trainer.groups_per_step
     if rows is not None and rows < each:
         repeated = f"trainer.groups_per_step: {each}, but the data has {rows} rows: a step has tasks more than once"
-    return [line for line in (contradiction(chosen.trainer.algorithm, spec.combine), repeated) if line]
+    doubtful = (contradiction(chosen.trainer.algorithm, spec.combine), cut_sampling(chosen.rollout.sampling), repeated)
+    return [line for line in doubtful if line]
 
 
 def facts(chosen: Recipe) -> dict[str, object]:
