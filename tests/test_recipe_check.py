@@ -130,12 +130,8 @@ def test_every_recipe_passes(monkeypatch, capsys, tmp_path, path):
         arguments = ["--gpu-gib", 80]
     found = check(monkeypatch, capsys, path, *overrides, *arguments)
     assert isinstance(found, dict), found
-    biased = (
-        "top_p 1, top_k 50: completions are drawn from a part"
-        if "open-r1" in path.stem and "intuitor" in path.stem
-        else ""
-    )
-    assert [biased in doubt for doubt in found["doubts"]] == [True] * bool(biased)
+    doubts = ["top_p 1, top_k 50: completions are drawn from a part"] if "open-r1" in path.stem else []
+    assert [expected in doubt for expected, doubt in zip(doubts, found["doubts"], strict=True)] == [True] * len(doubts)
     assert found["run"].replace("-", "_") in path.stem.replace("-", "_")
     assert found["steps_per_epoch"] >= 1
     if arguments:
