@@ -406,10 +406,10 @@ def test_a_curve_may_have_gaps_but_must_be_there(tmp_path):
         report.write(tmp_path, "self_certainty", 0, BASE, BETTER)
 
 
-def printed(table) -> str:
+def printed(table, width=200) -> str:
     from rich.console import Console
 
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
     console.print(table)
     return console.export_text()
 
@@ -439,17 +439,21 @@ def test_curves_have_a_column_for_each_arm(tmp_path):
 
 def test_comparison_has_every_run_and_the_means():
     reports = [made("random", 0, FLAT), made("self_certainty", 1, FLAT), made("self_certainty", 0)]
-    rows = comparison.rows(reports)
-    assert [row[:2] for row in rows] == [
-        ["self_certainty", "0"],
-        ["self_certainty", "1"],
-        ["self_certainty", "mean"],
-        ["random", "0"],
+    base, certainty, random = comparison.blocks(reports)
+    assert [row[:4] for row in base] == [
+        ["base model", "0", "31.0", ""],
+        ["base model", "1", "31.0", ""],
+        ["base model", "mean", "31.0", ""],
     ]
-    assert rows[2][2:4] == ["31.0 -> 46.0 %", "+15.0"]
-    assert all(row[0] in printed(comparison.table(reports)) for row in rows)
+    assert [row[:4] for row in certainty] == [
+        ["self_certainty", "0", "60.0", "+29.0"],
+        ["self_certainty", "1", "32.0", "+1.0"],
+        ["self_certainty", "mean", "46.0", "+15.0"],
+    ]
+    assert [row[:4] for row in random] == [["random", "0", "32.0", "+1.0"]]
+    assert all(cell in printed(comparison.table(reports), width=80) for row in certainty for cell in row)
     lines = comparison.markdown(reports).splitlines()
-    assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 9 and len({line.count("|") for line in lines}) == 1
 
 
 # ---- arms ------------------------------------------------------------------------------------------------------
@@ -480,6 +484,17 @@ def test_what_the_reward_server_takes_for_the_arms_terms():
 
     for arm in ARMS:
         check_spec(RewardSpec(rewards=rewards(arm)), EVERY_PART)
+
+
+def test_the_format_arm_pays_either_way_of_answering_right_or_wrong():
+    from reward_server.rewards.format import FormatParams
+
+    params = FormatParams(**next(term.params for term in rewards("format") if term.name == "format"))
+    problem, rng = task.held_out(1)[0], random.Random(0)
+    answers = [author(problem, rng) for author in (task.careful, task.guess) for _ in range(20)]
+    assert {task.is_right(problem, answer) for answer in answers} == {True, False}
+    assert all(getattr(re, params.match)(params.regex, answer) for answer in answers)
+    assert not any(getattr(re, params.match)(params.regex, answer[:-3]) for answer in answers if len(answer) > 20)
 
 
 def test_recipe_is_the_self_certainty_arm():

@@ -23,7 +23,7 @@ def rewards(arm: Arm, seed: int = 0, steps: int = 100) -> list[RewardTerm]:
     if arm == "random":
         return [*terms, RewardTerm(name="random", weight=1.0, params={"seed": seed})]
     if arm == "format":
-        return [*terms, RewardTerm(name="format", weight=1.0, params={"regex": ANSWER_PATTERN})]
+        return [*terms, RewardTerm(name="format", weight=1.0, params={"regex": ANSWER_PATTERN, "match": "search"})]
     if arm == "plurality":
         params = {"answer": "regex", "regex": ANSWER_PATTERN}
         return [*terms, RewardTerm(name="majority_vote", weight=1.0, params=params)]

@@ -1,78 +1,60 @@
-"""The table that compares the demo's arms over seeds."""
+"""The table that compares the demo's arms over seeds: the base models, and what became of them in each arm."""
 
 from collections.abc import Sequence
 from statistics import fmean
 
-from rich.table import Table
+from rich.console import Group
 
+from services import table as tables
 from services.demo.arms import ARMS
+from services.demo.evaluation import Evaluation
 from services.demo.report import Report
 
-HEADER = (
-    "reward",
-    "seed",
-    "sampled accuracy",
-    "change",
-    "greedy accuracy",
-    "answers step by step",
-    "accuracy of those",
-    "self-certainty",
-    "length",
-)
+HEADER = ("reward", "seed", "sampled", "change", "greedy", "stepwise", "of those", "certainty")
+TITLE = "Held-out problems, percent (of those: right of the stepwise; certainty: nats per token)"
+BASE = "base model"
 
 
-def _percent(before: Sequence[float], after: Sequence[float]) -> str:
-    return f"{100 * fmean(before):.1f} -> {100 * fmean(after):.1f} %"
-
-
-def _number(before: Sequence[float], after: Sequence[float], digits: int) -> str:
-    return f"{fmean(before):.{digits}f} -> {fmean(after):.{digits}f}"
-
-
-def _row(name: str, seed: str, reports: Sequence[Report]) -> list[str]:
-    """Means over the reports. Accuracy inside a way of answering is left out where no answer took that way."""
-    before, after = [one.before for one in reports], [one.after for one in reports]
-    steps_before, steps_after = ([one.ways["step_by_step"] for one in side] for side in (before, after))
-    inside_before, inside_after = (
-        [one.accuracy for one in side if one.accuracy is not None] for side in (steps_before, steps_after)
-    )
-    sampled_before, sampled_after = ([one.sampled_accuracy for one in side] for side in (before, after))
+def _row(name: str, seed: str, shown: Sequence[Evaluation], base: Sequence[Evaluation] = ()) -> list[str]:
+    """Means over the evaluations; the change is from those of `base`. Accuracy inside the step-by-step way is that of
+    the runs in which an answer took it."""
+    ways = [one.ways["step_by_step"] for one in shown]
+    inside = [way.accuracy for way in ways if way.accuracy is not None]
+    sampled = fmean(one.sampled_accuracy for one in shown)
     return [
         name,
         seed,
-        _percent(sampled_before, sampled_after),
-        f"{100 * (fmean(sampled_after) - fmean(sampled_before)):+.1f}",
-        _percent([one.greedy_accuracy for one in before], [one.greedy_accuracy for one in after]),
-        _percent([one.share for one in steps_before], [one.share for one in steps_after]),
-        _percent(inside_before, inside_after) if inside_before and inside_after else "-",
-        _number([one.self_certainty for one in before], [one.self_certainty for one in after], 2),
-        _number([one.length for one in before], [one.length for one in after], 1),
+        f"{100 * sampled:.1f}",
+        f"{100 * (sampled - fmean(one.sampled_accuracy for one in base)):+.1f}" if base else "",
+        f"{100 * fmean(one.greedy_accuracy for one in shown):.1f}",
+        f"{100 * fmean(way.share for way in ways):.1f}",
+        f"{100 * fmean(inside):.1f}" if inside else "-",
+        f"{fmean(one.self_certainty for one in shown):.2f}",
     ]
 
 
-def rows(reports: Sequence[Report]) -> list[list[str]]:
-    """One row for each run, arm by arm, and the mean of each arm that ran with several seeds; columns as `HEADER`."""
-    found = []
+def blocks(reports: Sequence[Report]) -> list[list[list[str]]]:
+    """The base models by seed, then a block for each arm with its runs; each ends with the mean where there are several
+    seeds. Columns as `HEADER`: percent, and nats per token."""
+    bases = {one.seed: one.before for one in sorted(reports, key=lambda one: one.seed)}
+    made = [[_row(BASE, str(seed), [base]) for seed, base in bases.items()]]
+    if len(bases) > 1:
+        made[0].append(_row(BASE, "mean", list(bases.values())))
     for arm in ARMS:
         mine = sorted((one for one in reports if one.arm == arm), key=lambda one: one.seed)
-        found += [_row(arm, str(one.seed), [one]) for one in mine]
+        if mine:
+            made.append([_row(arm, str(one.seed), [one.after], [one.before]) for one in mine])
         if len(mine) > 1:
-            found.append(_row(arm, "mean", mine))
-    return found
+            made[-1].append(_row(arm, "mean", [one.after for one in mine], [one.before for one in mine]))
+    return made
 
 
-def table(reports: Sequence[Report]) -> Table:
+def table(reports: Sequence[Report]) -> Group:
     """For the terminal."""
-    shown = Table(title="Base model -> trained model, on held-out problems", title_justify="left")
-    for column in HEADER:
-        shown.add_column(column, justify="left" if column == "reward" else "right")
-    for row in rows(reports):
-        is_mean = row[1] == "mean"
-        shown.add_row(*row, style="bold" if is_mean else None, end_section=is_mean)
-    return shown
+    return tables.table(TITLE, HEADER, *blocks(reports))
 
 
 def markdown(reports: Sequence[Report]) -> str:
     """The same table for a README."""
-    lines = [HEADER, ["---"] * len(HEADER), *rows(reports)]
+    lines = [list(HEADER), ["---"] * len(HEADER), *(row for block in blocks(reports) for row in block)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
