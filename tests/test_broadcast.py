@@ -313,8 +313,8 @@ async def test_a_trainer_that_dies_lets_those_who_sit_go_on(redis_url, run, trai
         await until(lambda: "pause" in one.engine.events)
         trainer.redis.pexpire(Keys(run).weights_offer, 200)  # not to wait the ten seconds
         await until(lambda: one.engine.events[-1] == "resume", 5)
+        await until(lambda: "no trainer offers" in one.follower.refusal)
         assert one.follower.version == v(0) and same(one.engine.tensors, weights_of(0))
-        assert "no trainer offers" in one.follower.refusal
         assert meeting.seats(trainer.redis, run) == []
 
 
