@@ -85,7 +85,9 @@ def test_what_is_missing_is_neither_in_nor_out():
 
 def test_certainty_that_no_longer_tells_right_from_wrong():
     rows = [{"step": step, **NORMAL} for step in range(1, 13)]
-    evaluations = [{"step": step, "auc": auc} for step, auc in [(0, 0.8), (4, 0.5), (8, 0.75), (10, 0.5), (12, 0.45)]]
+    evaluations = [
+        {"step": step, "auc": auc} for step, auc in [(0, 0.8), (4, 0.78), (8, 0.5), (9, 0.75), (10, 0.5), (12, 0.45)]
+    ]
     alarms, _ = judged(sorted([*rows, *evaluations], key=lambda row: row["step"]))
     assert [(alarm.signal, alarm.step, alarm.since) for alarm in alarms] == [("auc", 12, 10)]
 

@@ -39,9 +39,19 @@ class Bench:
         line = orjson.dumps({**row, "step": step, "lineage": lineage, "start": start})
         await self.client.xadd(self.keys.steps, {"line": line})
 
+    async def evaluate(self, step: int, lineage: int = 0, **metrics: float) -> None:
+        """An evaluation that ended, taken by the guard."""
+        version = Version(lineage=lineage, version=step)
+        told = {"oldest": version, "newest": version, "tasks": 8, "failed": 0, "best": False, "seconds": 1.0}
+        noting = asyncio.create_task(self.guard.note(EvaluationResult(version=version, metrics=metrics, **told)))
+        while not noting.done():
+            await self.take()
+        await noting
+
     async def take(self) -> None:
         for row in await self.guard._read():
             await self.guard._take(row)
+        self.guard._judged = self.guard._seen
         await self.guard.close()
 
     async def orders(self) -> list:
@@ -196,41 +206,57 @@ def evaluated(step: int, lineage: int = 0, **metrics: float) -> EvaluationResult
 
 async def test_a_falling_auc_of_evaluations_counts(redis_url):
     async with bench(redis_url, action="stop") as run:
-        await run.guard.note(evaluated(0, auc=0.9))
+        await run.evaluate(0, auc=0.9)
         await normal(run, 1, 4)
-        await run.guard.note(evaluated(2, length=9.0))  # nothing right: no auc
-        await run.guard.note(evaluated(4, auc=0.5))
+        await run.evaluate(2, length=9.0)  # nothing right: no auc
+        await run.evaluate(3, auc=0.9)
+        await run.evaluate(4, auc=0.5)
         assert await run.orders() == []
-        await run.guard.note(evaluated(6, auc=0.5))
+        await run.evaluate(6, auc=0.5)
         assert "auc is 0.5" in (await run.orders())[0].reason
 
 
 async def test_a_collapse_that_begins_with_the_first_steps_shows_in_the_accuracy(redis_url):
     async with bench(redis_url, action="roll_back") as run:
-        await run.guard.note(evaluated(0, accuracy=0.4))
+        await run.evaluate(0, accuracy=0.4)
         for step in range(1, 5):
             await run.step(step, length=30.0 / step)  # such is the baseline of its length
             if step % 2 == 0:
-                await run.guard.note(evaluated(step, accuracy=0.1))
+                await run.evaluate(step, accuracy=0.1)
         (back,) = await run.orders()
         assert isinstance(back, RollBack) and back.before == 2
         assert back.reason.startswith("step 4: accuracy is 0.1, below 0.2 since step 2")
 
 
-async def test_evaluations_from_before_a_restart_are_judged_again(redis_url):
-    results = [evaluated(0, accuracy=0.4), evaluated(2, accuracy=0.1), evaluated(4, 1, accuracy=0.4)]
-    async with bench(redis_url, "guard-evaluated", action="stop") as run:
-        await normal(run, 1, 3)
-        await normal(run, 3, 5, lineage=1, start=2)
-    async with bench(redis_url, "guard-evaluated", action="stop") as again:
-        again.guard.remember(results)
+@pytest.mark.parametrize("action", ["raise_beta", "roll_back", "stop"])
+async def test_an_evaluation_that_comes_late_orders_once_also_after_a_restart(redis_url, action):
+    name = f"guard-late-{action}"
+    async with bench(redis_url, name, action=action) as run:
+        await run.evaluate(0, accuracy=0.4)
+        await normal(run, 1, 12)
+        await run.evaluate(2, accuracy=0.1)
+        await normal(run, 13, 17)
+        await run.evaluate(4, accuracy=0.1)  # thirteen steps later
+        await normal(run, 18, 19)  # the order is not obeyed yet
+        given = await run.orders()
+        assert [order.id for order in given] == ["guard-0.4.evaluated"]
+    async with bench(redis_url, name, action=action) as again:
         await again.take()
-        assert again.guard.earlier == [] and again.guard.judge.series["accuracy"].first == [0.4]
-        assert [look.value for look in again.guard.judge.series["accuracy"].looks] == [0.1, 0.4]
-        await again.guard.note(evaluated(6, 1, accuracy=0.1))
-        assert await again.orders() == []
-        await again.guard.note(evaluated(8, 1, accuracy=0.1))
-        assert len(await again.orders()) == 1
+        assert await again.orders() == given
+        await again.evaluate(4, accuracy=0.1)  # told twice
+        assert await again.orders() == given and again.guard.judge.series["accuracy"].first == [0.4]
+
+
+async def test_evaluations_that_a_roll_back_undid_do_not_count(redis_url):
+    async with bench(redis_url, "guard-evaluated", action="stop") as run:
+        await run.evaluate(0, accuracy=0.4)
+        await normal(run, 1, 3)
+        await run.evaluate(3, accuracy=0.1)
+        await normal(run, 3, 5, lineage=1, start=2)
+        await run.evaluate(4, 1, accuracy=0.1)
+        assert await run.orders() == []
+        await run.evaluate(6, 1, accuracy=0.1)
+        assert len(await run.orders()) == 1
 
 
 @pytest.mark.parametrize("action", ["alarm", "stop"])

@@ -23,8 +23,9 @@ TO_SIGMA = 1.4826
 """From the median absolute deviation of Gaussian noise to its standard deviation."""
 REWARD_SPREADS, REWARD_SLACK = 2.0, 0.05
 """The reward holds unless its recent median is lower by more than so many spreads of the baseline, and this share."""
-EVALUATED, FIRST, IN_A_ROW = ("accuracy", "auc"), 1, 2
-"""Evaluations give few values: the first is the baseline (of the model before training), two in a row are an alarm."""
+EVALUATED, IN_A_ROW = {"accuracy": 1, "auc": 2}, 2
+"""Evaluations give few values: the first is the baseline (of the model before training), or the first two where one is
+too noisy - a base model has few right answers to tell from wrong ones -, and two in a row are an alarm."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,10 @@ class Judge:
             band = getattr(guard.bands, name)
             if band is not None:
                 self.series[name] = Series(name, band, guard.baseline, guard.votes, guard.window, guard.sigmas)
-        for name in EVALUATED:
+        for name, first in EVALUATED.items():
             band = getattr(guard.bands, name)
             if band is not None:
-                self.series[name] = Series(name, band, FIRST, IN_A_ROW, IN_A_ROW, guard.sigmas)
+                self.series[name] = Series(name, band, first, IN_A_ROW, IN_A_ROW, guard.sigmas)
 
     def look(self, row: Mapping[str, float | None]) -> list[Alarm]:
         """The alarms that the row raises."""

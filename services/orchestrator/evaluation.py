@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 from prometheus_client import Counter, Gauge, Histogram
 
 from services import commands
@@ -52,13 +53,18 @@ class Evaluator:
         results = [EvaluationResult.model_validate_json(body) for body in found.values()]
         self.results = {result.version.version: result for result in sorted(results, key=lambda one: one.version)}
 
-    async def forget(self, after: int) -> None:
-        """A roll-back undid what came after that step."""
-        undone = [str(result.version) for step, result in self.results.items() if step > after]
-        self.results = {step: result for step, result in self.results.items() if step <= after}
-        if undone:
-            redis = self.desk.watch.redis
-            await self._insist(lambda: redis.hdel(self.keys.evaluations, *undone), "forget evaluations")
+    async def forget(self, newest: Version, floor: int) -> None:
+        """A roll-back undid what older lineages than `floor` did after the step at which that one began, as its first
+        step tells, else the `newest` version."""
+        redis = self.desk.watch.redis
+        steps = await self._insist(lambda: redis.xrange(self.keys.steps), "read where a lineage began")
+        lines = [orjson.loads(fields[b"line"]) for _, fields in steps if b"line" in fields]
+        began = next((line["start"] for line in lines if line["lineage"] >= floor), newest.version)
+        undone = {step for step, result in self.results.items() if step > began and result.version.lineage < floor}
+        names = [str(self.results[step].version) for step in undone]
+        self.results = {step: result for step, result in self.results.items() if step not in undone}
+        if names:
+            await self._insist(lambda: redis.hdel(self.keys.evaluations, *names), "forget evaluations")
 
     def due(self) -> Version | None:
         """The version that is to be evaluated now: of the newest step that is a multiple of `every`, or the last."""

@@ -1,13 +1,12 @@
 """The collapse guard at work: reads what the trainer measured, raises alarms, and gives the orders the recipe asks for.
 
-It keeps no state of its own: the steps' numbers, evaluations, alarms told and orders given are in Redis, so that after
-a restart it judges the same history again, and tells and orders nothing twice.
+It keeps no state of its own: the numbers of steps and evaluations (one stream, judged in its order), alarms told and
+orders given are in Redis, so that after a restart it judges the same history again, and tells and orders nothing twice.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -54,10 +53,9 @@ class Guard:
         self.keys = Keys(recipe.run.name)
         self.judge = Judge(settings)
         self.rows: list[dict[str, Any]] = []
-        self.earlier: list[EvaluationResult] = []
         self.step, self.acted_at = 0, -settings.window
         self.pending = ""
-        self._seen = "0-0"
+        self._seen = self._judged = "0-0"
         self._telling: set[asyncio.Task] = set()
 
     def holds(self, version: Version) -> bool:
@@ -81,6 +79,7 @@ class Guard:
             while True:
                 for row in await self._read():
                     await self._take(row)
+                self._judged = self._seen
                 if self.pending and self.pending in await self._obeyed():
                     self.pending = ""
                 self.wake.set()
@@ -88,14 +87,15 @@ class Guard:
             for task in self._telling:
                 task.cancel()
 
-    def remember(self, results: Iterable[EvaluationResult]) -> None:
-        """Evaluations from before this start: each is judged after the step whose weights it is of."""
-        self.earlier = sorted(results, key=lambda result: result.version, reverse=True)
-
     async def note(self, result: EvaluationResult) -> None:
-        """An evaluation that ended."""
-        place = {"step": result.version.version, "lineage": result.version.lineage, "start": 0}
-        await self._judge(place | {name: result.metrics.get(name) for name in EVALUATED})
+        """An evaluation that ended: returns when it was judged (by `follow`), or nobody did so for long."""
+        row = {"step": result.version.version, "lineage": result.version.lineage, "start": 0}
+        fields: Any = {"evaluation": orjson.dumps(row | {name: result.metrics.get(name) for name in EVALUATED})}
+        what = f"run {self.keys.run_id}: note an evaluation for the guard"
+        entry_id = (await insist(lambda: self.redis.xadd(self.keys.steps, fields), what, PATIENCE_SECONDS)).decode()
+        ends = time.monotonic() + TELL_SECONDS
+        while _order(self._judged) < _order(entry_id) and time.monotonic() < ends:
+            await asyncio.sleep(0.01)
 
     async def _read(self) -> list[dict[str, Any]]:
         async def read() -> Any:
@@ -106,12 +106,20 @@ class Guard:
         for _, entries in found or []:
             for entry_id, fields in entries:
                 self._seen = entry_id.decode()
+                if b"evaluation" in fields:
+                    rows.append(orjson.loads(fields[b"evaluation"]))
+                    continue
                 line = orjson.loads(fields[b"line"])
                 row = {name: line.get(column) for name, column in COLUMNS.items()}
                 rows.append({**row, **{key: int(line[key]) for key in ("step", "lineage", "start")}})
         return rows
 
     async def _take(self, row: dict[str, Any]) -> None:
+        if "reward" not in row:
+            place = (row["lineage"], row["step"])
+            if not any((one["lineage"], one["step"]) == place for one in self.rows if "reward" not in one):
+                await self._judge(row)
+            return
         last = next((known for known in reversed(self.rows) if "reward" in known), None)
         if last is not None and row["lineage"] > last["lineage"]:
             self._go_back(row["start"])
@@ -120,14 +128,12 @@ class Guard:
         if self.recipe.trainer.kl_beta == 0:
             row["kl"] = None  # nothing it could be measured from
         await self._judge(row)
-        while self.earlier and self.earlier[-1].version <= Version(lineage=row["lineage"], version=row["step"]):
-            await self.note(self.earlier.pop())
         self.step = row["step"]
 
     def _go_back(self, step: int) -> None:
         """What came after `step` was undone, or lost with a trainer: judge what is left anew."""
         self.rows, self.judge = [row for row in self.rows if row["step"] <= step], Judge(self.settings)
-        self.acted_at = -self.settings.window
+        self.step, self.acted_at = step, -self.settings.window
         for row in self.rows:
             self.judge.look(row)
 
@@ -140,8 +146,10 @@ class Guard:
             ratio = self.judge.ratio(signal)
             if ratio is not None:
                 RATIO.labels(signal).set(ratio)
-        place = f"{row['lineage']}.{row['step']}"
-        if raised and self.settings.action != "alarm" and row["step"] - self.acted_at >= self.settings.window:
+        place = f"{row['lineage']}.{row['step']}" + ("" if "reward" in row else ".evaluated")
+        now = max(row["step"], self.step)  # an evaluation ends when later steps were judged already
+        if raised and self.settings.action != "alarm" and now - self.acted_at >= self.settings.window:
+            self.acted_at = now
             await self._act(place, row["step"])
         for alarm in alarms:
             task = asyncio.create_task(self._tell(f"{place}.{alarm.signal}", alarm))
@@ -150,9 +158,6 @@ class Guard:
 
     async def _act(self, place: str, step: int) -> None:
         order = await self._order(f"guard-{place}", step)
-        self.acted_at = step
-        if order is None:
-            return
         run_id = self.keys.run_id
         is_new = await insist(
             lambda: commands.send(self.redis, run_id, order), f"run {run_id}: order", PATIENCE_SECONDS
@@ -219,3 +224,8 @@ class Guard:
         """Let alarms be told that are being told."""
         if self._telling:
             await asyncio.wait(self._telling, timeout=TELL_SECONDS)
+
+
+def _order(entry_id: str) -> tuple[int, ...]:
+    """Of a stream's entries."""
+    return tuple(map(int, entry_id.split("-")))

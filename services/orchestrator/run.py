@@ -140,8 +140,8 @@ async def _spec_of_last_start(redis: Any, run_id: str) -> str | None:
 
 class Loop:
     """What the orchestrator does whenever something happened. `floor` is the lowest lineage whose groups counted when
-    the order began; `admission` is none before. `stopped` is the lineage of the trainer that an order stopped: one that
-    resumes the run has another."""
+    the order began: 0 at first, so that what was undone while nobody was here is found out. `admission` is none before.
+    `stopped` is the lineage of the trainer that an order stopped: one that resumes the run has another."""
 
     def __init__(
         self,
@@ -166,13 +166,10 @@ class Loop:
         """Returns the exit code."""
         desk = self.desk
         await desk.watch.refresh()
-        self.floor = desk.watch.floor
         if self.evaluator is not None:
             await self.evaluator.load()
         followers = [asyncio.create_task(desk.watch.follow())]
         if self.guard is not None:
-            if self.evaluator is not None:
-                self.guard.remember(self.evaluator.results.values())
             followers.append(asyncio.create_task(self.guard.follow()))
         for follower in followers:
             follower.add_done_callback(lambda _: self.wake.set())
@@ -264,13 +261,13 @@ class Loop:
         if version is None or desk.watch.floor == self.floor or version.lineage < desk.watch.floor:
             return
         assert self.admission is not None
-        log.info("the trainer went back to %s: what it undid is made again", version)
+        log.info("lineages from %d on count (now %s): what was undone is made again", desk.watch.floor, version)
         self.floor = desk.watch.floor
         running = [*self.running, *([self.evaluating] if self.evaluating else [])]
         await cancel(*running)
         self.running, self.evaluating = {}, None
         if self.evaluator is not None:
-            await self.evaluator.forget(version.version)
+            await self.evaluator.forget(version, self.floor)
         await self.admission.begin()
 
     async def _evaluate(self) -> None:

@@ -144,9 +144,9 @@ def evaluator_of(make_recipe, redis=None, **evaluation) -> Evaluator:
     return Evaluator(SimpleNamespace(recipe=chosen, watch=watch), chosen.evaluation, SimpleNamespace(tasks=[]))
 
 
-def a_result(step: int, **metrics: float) -> commands.EvaluationResult:
+def a_result(step: int, lineage: int = 1, **metrics: float) -> commands.EvaluationResult:
     none = {"oldest": None, "newest": None, "tasks": 0, "failed": 0, "best": False, "seconds": 0}
-    return commands.EvaluationResult(version=Version(lineage=1, version=step), metrics=metrics, **none)
+    return commands.EvaluationResult(version=Version(lineage=lineage, version=step), metrics=metrics, **none)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +162,30 @@ def test_the_best_is_better_than_all_before(make_recipe, best_is, expected):
     assert not evaluator._is_best({"accuracy": 1.0})  # the metric is missing
 
 
+async def test_what_was_undone_while_nobody_was_here_is_forgotten_later(make_recipe, clean):
+    """The trainer went back to step 2 and made steps 3 to 5 again; one of them was evaluated."""
+    async with connect(clean.url) as client:
+        evaluator = evaluator_of(make_recipe, client, best="length")
+        for result in (
+            *(a_result(step, lineage=0, length=float(step)) for step in (0, 2, 4, 5, 6)),
+            a_result(5, length=0.5),
+        ):
+            await client.hset(evaluator.keys.evaluations, str(result.version), result.model_dump_json())
+        for step, lineage, start in ((3, 0, 0), (6, 0, 0), (3, 1, 2), (5, 1, 2)):
+            line = json.dumps({"step": step, "lineage": lineage, "start": start})
+            await client.xadd(evaluator.keys.steps, {"line": line})
+        await evaluator.load()
+        await evaluator.forget(Version(lineage=1, version=5), floor=1)
+        assert {step: result.version.lineage for step, result in evaluator.results.items()} == {0: 0, 2: 0, 5: 1}
+        assert not evaluator._is_best({"length": 1.0}) and evaluator._is_best({"length": 3.0})
+
+
 async def test_a_roll_back_forgets_what_it_undid_alone(make_recipe, clean):
     async with connect(clean.url) as client:
         evaluator = evaluator_of(make_recipe, client)
         for step in (0, 2, 4):
-            await evaluator._note(a_result(step))
-        await evaluator.forget(after=2)
+            await evaluator._note(a_result(step, lineage=0))
+        await evaluator.forget(Version(lineage=1, version=2), floor=1)
         assert sorted(evaluator.results) == [0, 2]
         await evaluator.load()
         assert sorted(evaluator.results) == [0, 2]
