@@ -94,7 +94,7 @@ class Guard:
         what = f"run {self.keys.run_id}: note an evaluation for the guard"
         entry_id = (await insist(lambda: self.redis.xadd(self.keys.steps, fields), what, PATIENCE_SECONDS)).decode()
         ends = time.monotonic() + TELL_SECONDS
-        while _order(self._judged) < _order(entry_id) and time.monotonic() < ends:
+        while _place(self._judged) < _place(entry_id) and time.monotonic() < ends:
             await asyncio.sleep(0.01)
 
     async def _read(self) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ class Guard:
             ACTIONS.labels(order.kind).inc()
             log.error("the collapse guard orders %s: %s", order.kind, self._reason())
 
-    async def _order(self, order_id: str, step: int) -> AnyOrder | None:
+    async def _order(self, order_id: str, step: int) -> AnyOrder:
         settings, reason = self.settings, self._reason()
         if settings.action == "raise_beta":
             return RaiseBeta(id=order_id, factor=settings.beta_factor, cap=settings.beta_cap, reason=reason)
@@ -226,6 +226,6 @@ class Guard:
             await asyncio.wait(self._telling, timeout=TELL_SECONDS)
 
 
-def _order(entry_id: str) -> tuple[int, ...]:
-    """Of a stream's entries."""
+def _place(entry_id: str) -> tuple[int, ...]:
+    """In the order of a stream."""
     return tuple(map(int, entry_id.split("-")))
