@@ -27,9 +27,11 @@ def check_available(model: str, revision: str | None, key: str) -> None:
     with `key`: the model is no folder here, was never downloaded, and the hub does not have it or does not answer."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if check_local(model, key) or isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+    if check_local(model, key):
         return
     try:
+        if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+            return
         HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
     except Exception as error:  # the hub client raises from half a dozen unrelated trees
         raise StartupError(f"{key} {model}: neither a folder here nor to be had from the hub: {_why(error)}") from error

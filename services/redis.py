@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import redis as redis_py
 from redis.asyncio import Redis as AsyncRedis
@@ -77,11 +78,23 @@ def shown(url: str) -> str:
     return f"{scheme}://{place.rpartition('@')[2]}"
 
 
+UNQUOTED = "host and port cannot be made out; percent-encode what is special in the password (a / as %2F)"
+
+
+def _check_place(url: str) -> None:
+    """Raises ValueError: an unquoted / or # in the password ended what was taken for host and port."""
+    parts = urlsplit(url)
+    # The path of a socket may hold an @.
+    is_socket = parts.scheme == "unix" and (not parts.netloc or "@" in parts.netloc)
+    if "@" in parts.fragment or ("@" in parts.path and not is_socket):
+        raise ValueError(UNQUOTED)
+
+
 def _url_fault(url: str, error: Exception) -> ValueError:
     """Without the library's words where they quote what it took for the port: it may be half a password."""
     reason = str(error)
     if "@" in url and ("Port" in reason or "netloc" in reason):
-        reason = "host and port cannot be made out; percent-encode what is special in the password"
+        reason = UNQUOTED
     return ValueError(f"redis url {shown(url)!r}: {reason}")
 
 
@@ -105,6 +118,7 @@ def _backoff() -> ExponentialWithJitterBackoff:
 def connect(url: str) -> AsyncRedis:
     """An asyncio client; connects on first use. Raises ValueError: the URL has no valid scheme or option."""
     try:
+        _check_place(url)
         client = AsyncRedis.from_url(url, retry=AsyncRetry(_backoff(), 2), **_options())
         _check_files(client)
         return client
@@ -115,6 +129,7 @@ def connect(url: str) -> AsyncRedis:
 def connect_sync(url: str) -> redis_py.Redis:
     """A blocking client; connects on first use. Raises ValueError: the URL has no valid scheme or option."""
     try:
+        _check_place(url)
         client = redis_py.Redis.from_url(url, retry=Retry(_backoff(), 2), **_options())
         _check_files(client)
         return client

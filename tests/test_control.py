@@ -46,11 +46,12 @@ def test_only_the_reward_and_the_place_change(control):
     [
         ([], "math-random", "runs/math-random", "/shared/weights-random"),
         (["run.dir=/mine"], "math-random", "/mine", "/shared/weights-random"),
-        (["run={name: x, dir: /mine}", "weights.dir=/w"], "x", "/mine", "/w"),
+        (["run={name: x, dir: /mine}", "weights.dir=/w"], "x-random", "/mine", "/w"),
+        (["run.name=math"], "math-random", "runs/math-random", "/shared/weights-random"),
         (["weights.dir=null"], "math-random", "runs/math-random", "None"),
     ],
 )
-def test_a_place_that_is_given_stays(tmp_path, overrides, name, folder, weights):
+def test_a_folder_that_is_given_stays_and_the_name_never_does(tmp_path, overrides, name, folder, weights):
     path = tmp_path / "r.yaml"
     path.write_text(recipe.yaml.safe_dump(TREE))
     arm = recipes.load_arm(path, overrides, "random")

@@ -573,6 +573,14 @@ def test_data_that_is_here_is_looked_at_before_anything_is_asked_or_started(reci
         assert code == 2 and "rows.jsonl line 1: no field 'prompt'; it has 'question'" in said.splitlines()[-1]
 
 
+@pytest.mark.parametrize("model", ["my model", "org/name:tag"])
+def test_a_name_that_no_hub_has_is_one_line_and_held_out_data_may_be_absent(recipe_file, monkeypatch, capfd, model):
+    held_out = "evaluation={data: {path: held.jsonl}, every: 50, rewards: grpo}"
+    code, _, said = run(monkeypatch, capfd, "preflight", recipe_file, f"model.path={model}", held_out)
+    (line,) = said.strip().splitlines()
+    assert code == 2 and line.startswith(f"rlif: model.path {model}: neither a folder here nor to be had")
+
+
 def test_a_hub_that_does_not_answer_is_one_line(recipe_file):
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "services.cli.main", "preflight", str(recipe_file), "model.path=some/model"]

@@ -267,15 +267,33 @@ def test_prepared_data_is_read_as_the_run_reads_it(monkeypatch, capsys, prepared
     assert "has changed since it was prepared" in check(monkeypatch, capsys, GSM8K, path, *TAKEN_BACK)
 
 
-def test_what_some_rows_lack_is_doubtful(monkeypatch, capsys, tmp_path):
-    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "Why?", "answer": None}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = check(monkeypatch, capsys, GSM8K, f"data.path={tmp_path}/a.jsonl", *TAKEN_BACK, "trainer.groups_per_step=2",
-                  "rollout.groups_per_request=1")  # fmt: skip
-    assert found["doubts"] == [
-        f"rewards: 'math_verify' needs the reference answer, which 1 of 2 rows of '{tmp_path}/a.jsonl' lack: "
-        "they are left out"
-    ]
+@pytest.mark.parametrize(("lacking", "of"), [(1, 4), (2, 7)])
+def test_what_some_rows_lack_is_doubtful_and_what_many_do_is_refused(monkeypatch, capsys, tmp_path, lacking, of):
+    rows = [{"prompt": f"{n} + 1?", "answer": str(n + 1) if n >= lacking else None} for n in range(of)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ("trainer.groups_per_step=2", "rollout.groups_per_request=1")
+    found = check(monkeypatch, capsys, GSM8K, f"data.path={path}", *TAKEN_BACK, *small)
+    line = f"rewards: 'math_verify' needs the reference answer, which {lacking} of {of} rows of '{path}' lack"
+    remedy = "take them out (`rlif data prepare` does of math and code_contests), or keep the reward off them"
+    if lacking == 1:
+        fate = "groups are made of them, refused by the reward server and given up, and 11 in a row end the run"
+        assert found["doubts"] == [f"{line}: {fate}; {remedy} by `sources`"]
+    else:
+        assert found == f"rlif: {line}, more than a quarter; {remedy} by `sources`"
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[lacking:]))
+        held_out = f"evaluation={{data: {{path: {path}}}, every: 50, rewards: grpo}}"
+        found = check(monkeypatch, capsys, GSM8K, f"data.path={tmp_path}/train.jsonl", *TAKEN_BACK, *small, held_out)
+        assert found["doubts"] == [f"evaluation.{line}: they are left out of every evaluation"]
+
+
+def test_data_may_be_absent_where_its_rows_are_told(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    held_out = "evaluation={data: {path: held.jsonl}, every: 50, rewards: grpo}"
+    found = check(monkeypatch, capsys, CODE, held_out, "--rows", 900)
+    assert isinstance(found, dict) and found["rows"] == 900
+    (tmp_path / "code_contests.jsonl").write_text('{"text": "Sort."}\n')
+    assert "code_contests.jsonl" in check(monkeypatch, capsys, CODE, held_out, "--rows", 900)
 
 
 @pytest.mark.parametrize(

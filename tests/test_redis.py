@@ -93,6 +93,9 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     [
         "http://user:secret@host",
         "redis://:secret/2@host",
+        "redis://:12/secret@host:6379/0",
+        "rediss://me:12#secret@host",
+        "unix://:12/secret@/run/redis.sock",
         "host:6379",
         "",
         "redis://host/0?socket_timeout=abc",
@@ -104,6 +107,14 @@ def test_a_bad_url_is_refused_without_its_password(url):
         with pytest.raises(ValueError, match="redis url") as caught:
             way(url)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["unix:///run/a@b.sock", "unix://me:secret@/run/a@b.sock", "redis://:12%2Fsecret@host:1/2", "redis://h?db=1"]
+)
+def test_a_good_url_is_taken(url):
+    for way in (connect, connect_sync):
+        way(url)
 
 
 def test_urls_are_shown_without_credentials():

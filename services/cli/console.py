@@ -62,8 +62,10 @@ def _check_redis(url: str) -> None:
     with connect_sync(url) as client:
         try:
             client.ping()
-        except RedisError as error:
-            raise StartupError(f"--redis: no redis answers at {shown(url)}: {error}") from error
+        except (RedisError, TypeError) as error:  # TypeError: an option that there is not
+            # With an @ behind the ? the address may be half a password, which the library quotes.
+            reason = type(error).__name__ if "@" in url.partition("?")[2] else str(error)
+            raise StartupError(f"--redis: no redis answers at {shown(url)}: {reason}") from error
 
 
 def report(

@@ -86,7 +86,7 @@ def run_preflight(
     from services.preflight import flight
 
     check_rewards(chosen)
-    check_data(chosen)  # data here that cannot be read is refused before the hub is asked for anything
+    check_data(chosen, held_out=False)  # what cannot be read here is refused before the hub is asked for anything
     check_available(chosen.model.path, chosen.model.revision, "model.path")  # sooner than the servers would
     spec = chosen.spec or named_spec(str(chosen.rewards))
     with console.status("reading tasks"):

@@ -50,19 +50,33 @@ def check_rewards(chosen: Recipe) -> None:
             raise RecipeError(section + where) from error
 
 
-def check_data(chosen: Recipe) -> tuple[int | None, list[str]]:
+REMEDY = "take them out (`rlif data prepare` does of math and code_contests), or keep the reward off them by `sources`"
+FATE = {
+    "": f"groups are made of them, refused by the reward server and given up, and 11 in a row end the run; {REMEDY}",
+    "evaluation.": "they are left out of every evaluation",
+}
+"""What becomes of rows that lack what a reward needs, by part."""
+LACKING = 0.25
+"""Share of the rows of training above which a reward that needs what they lack is refused. At that share 11 in a row
+are hardly met (0.25 ** 11 is 2e-7)."""
+
+
+def check_data(chosen: Recipe, held_out: bool = True, absent: bool = False) -> tuple[int | None, list[str]]:
     """How many rows the data of training has, and what is doubtful about any data, a line for each. Files and folders
-    here are read as the run reads them; of a data set on the hub the rows are known (else none) as published.
+    here are read as the run reads them; of a data set on the hub the rows are known (else none) as published. Without
+    `held_out` only the training data is looked at; with `absent` a file or folder may be missing here.
 
     Rewards are known to be sound. Raises DataError for what the run could not use, RecipeError when a reward needs what
-    no task has.
+    no task has, or of training more than `LACKING` have not.
     """
     from reward_server.evaluate import lacking
     from reward_server.specs import named_spec
 
     rows, doubtful = published_rows(chosen.data), []
     for section, part in _parts(chosen).items():
-        if not is_local(part.data.path):
+        if section and not held_out or not is_local(part.data.path):
+            continue
+        if absent and not Path(part.data.path).exists():
             continue
         try:
             tasks = read(part.data, seed=chosen.run.seed)
@@ -76,7 +90,10 @@ def check_data(chosen: Recipe) -> tuple[int | None, list[str]]:
             line = f"{section}rewards: {key!r} needs the {need.replace('.', ' ')}, which"
             if count == len(tasks):
                 raise RecipeError(f"{line} no row of {part.data.path!r} has; {section}data.{place} names its column")
-            doubtful.append(f"{line} {count} of {len(tasks)} rows of {part.data.path!r} lack: they are left out")
+            line += f" {count} of {len(tasks)} rows of {part.data.path!r} lack"
+            if not section and count > LACKING * len(tasks):
+                raise RecipeError(f"{line}, more than a quarter; {REMEDY}")
+            doubtful.append(f"{line}: {FATE[section]}")
     return rows, doubtful
 
 
@@ -176,7 +193,7 @@ def check(
     chosen = recipe.load(recipe_path, overrides)
     check_rewards(chosen)
     epoch.check_completions(chosen, completions)
-    known_rows, doubtful = check_data(chosen)
+    known_rows, doubtful = check_data(chosen, absent=rows is not None)
     rows = rows or known_rows
     found, doubtful = facts(chosen), [*doubts(chosen, rows), *doubtful]
     if rows is not None:

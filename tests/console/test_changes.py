@@ -92,11 +92,12 @@ def test_pause_resume_and_stop_are_written_for_those_who_obey(run):
             run.status(trainer=said)
             assert client.post("/v1/run/stop").status_code == 409
         long_ago = time.time() - 300
-        for orchestrator, said in [({"at": long_ago}, "the orchestrator 5 min 0"), ({"at": time.time()}, None)]:
-            run.status(trainer={"state": "training", "lineage": 0, "at": long_ago}, orchestrator=orchestrator)
+        for orchestrator, silent in [({"at": long_ago}, True), ({"at": time.time()}, False)]:
+            run.status(trainer={"state": "waiting", "lineage": 0, "at": long_ago}, orchestrator=orchestrator)
             answer = client.post("/v1/run/stop")
-            assert answer.status_code == (409 if said else 202) and (said or "with a checkpoint") in answer.text
-            assert "the trainer was last heard of 5 min 0" in answer.text
+            assert answer.status_code == 202 and run.redis.llen(run.keys.commands) == 1
+            assert "with a checkpoint; the trainer was last heard of 5 min 0" in answer.text
+            assert (", the orchestrator 5 min 0" in answer.text) == ("if the trainer is gone" in answer.text) == silent
         for lineage in (1, 2):  # stopped, and resumed at the same step
             run.status(trainer={"state": "waiting", "lineage": lineage, "step": 3})
             assert client.post("/v1/run/stop").status_code == client.post("/v1/run/stop").status_code == 202

@@ -36,3 +36,10 @@ def test_a_redis_that_is_not_there_is_refused(monkeypatch, capsys):
         port = closed.getsockname()[1]
     line = refused(monkeypatch, capsys, "--redis", f"redis://:secret@127.0.0.1:{port}")
     assert line.startswith(f"rlif: --redis: no redis answers at redis://127.0.0.1:{port}: ") and "secret" not in line
+    # An unquoted / or ? in the password: what stands before it is no port.
+    line = refused(monkeypatch, capsys, "--redis", f"redis://:{port}/secret@somehost:6379/0")
+    assert line.endswith("percent-encode what is special in the password (a / as %2F)")
+    assert str(port) not in line and "secret" not in line
+    for after, kind in (("secret", "ConnectionError"), ("secret=1", "TypeError")):
+        line = refused(monkeypatch, capsys, "--redis", f"redis://:{port}?{after}@somehost:6379/0")
+        assert line == f"rlif: --redis: no redis answers at redis://...: {kind}"
