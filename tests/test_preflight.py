@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fastapi import FastAPI, Response
 from rich.console import Console
 from served import served
 from tiny import make_tiny_tokenizer
@@ -677,11 +678,24 @@ def test_what_follows_no_run_needs_no_telling(kind, monkeypatch, capfd):
     assert code == 2 and "--no-follow: is for the run of a --recipe" in said
 
 
-def test_a_server_that_is_gone_is_a_failure(recipe_file, monkeypatch, capfd):
-    gone = ("--rollout-url", "http://127.0.0.1:9", "--reward-url", "http://127.0.0.1:9")
+def test_servers_that_went_with_their_run_are_refused_at_once(recipe_file, urls, monkeypatch, capfd):
+    """A run's own recipe.yaml names them."""
+    gone = ("rollout.urls=[http://:secret@127.0.0.1:9]", f"scorer.urls=[{urls[1]}]")
+    code, _, said = run(monkeypatch, capfd, "preflight", recipe_file, *gone)
+    assert code == 2 and "rollout.urls http://127.0.0.1:9: nobody answers there (ConnectError)" in said
+    assert "rollout.urls=[] scorer.urls=[]" in said and "secret" not in said
+
+
+def test_a_server_that_fails_is_a_failure(recipe_file, monkeypatch, capfd):
+    app = FastAPI()
+    app.get("/healthz")(lambda: {"status": "ok"})
+    app.api_route("/{path:path}", methods=["GET", "POST", "PUT"])(lambda path: Response(status_code=503))
     options = ("rollout.deadline_seconds=0.3", "scorer.deadline_seconds=0.3", "--prompts", 2)
-    code, _, said = run(monkeypatch, capfd, "preflight", recipe_file, *gone, *options)
-    assert code == 1 and "rlif: http://127.0.0.1:9: no rollout server could be used" in said
+    with served(app) as url:
+        code, _, said = run(
+            monkeypatch, capfd, "preflight", recipe_file, "--rollout-url", url, "--reward-url", url, *options
+        )
+    assert code == 1 and f"rlif: {url}: no rollout server could be used" in " ".join(said.split())
 
 
 def test_thresholds_are_explained():

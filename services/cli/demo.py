@@ -44,6 +44,7 @@ def _pretrain(directory: Path, seed: int, console: Console) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # beside ours they only flicker
     from services.demo.base_model import STEPS, make_demo_model
 
+    console.print("pretraining: a minute or two on two free cores", style="dim")
     columns = (TextColumn("base model"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("pretraining", total=STEPS)
@@ -150,6 +151,7 @@ def run_demo(
     console.print(report.table(made))
     console.print(f"plot    {run_dir / 'report.png'}", highlight=False)
     console.print(f"figures {run_dir / 'report.json'}", highlight=False)
+    console.print(f"its console, now that it is over: rlif report {run_dir} report.html", highlight=False)
     minutes = (time.monotonic() - began) / 60
     console.print(f"training took {seconds:.0f} s, everything {minutes:.1f} min", highlight=False)
     console.print(f"\n[bold]{made.line}[/bold]", highlight=False)
@@ -217,7 +219,6 @@ def demo_model(
     if directory.exists() and any(directory.iterdir()):
         raise StartupError(f"{directory} is not empty")
     console = Console()
-    console.print("pretraining: a minute or two on two free cores", style="dim")
     _pretrain(directory, seed, console)
     console.print(f"{directory}: the demo's base model, seed {seed}", highlight=False)
 

@@ -31,8 +31,24 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.sub=
 TASKS, SAMPLES = 64, 8
 EXIT_STOP = 3
 """The verdict is `stop`: nothing failed, and nothing was wrong with what was asked."""
+ANSWER_SECONDS = 10.0
 LOADING_SECONDS = 3600.0
 """How long a model may take to load; the first time it is downloaded."""
+
+
+def _check_answers(kind: str, url: str) -> None:
+    """A run's own recipe.yaml names servers that went with the run. Raises StartupError."""
+    import httpx
+
+    from services.clients import credentials
+
+    bare, _ = credentials(url)
+    try:
+        httpx.get(f"{bare}/healthz", timeout=ANSWER_SECONDS)
+    except httpx.HTTPError as error:
+        key = "rollout.urls" if kind == "rollout" else "scorer.urls"
+        fresh = "rollout.urls=[] scorer.urls=[] starts servers of its own"
+        raise StartupError(f"{key} {bare}: nobody answers there ({type(error).__name__}); {fresh}") from error
 
 
 @contextmanager
@@ -47,6 +63,7 @@ def _servers(chosen: recipe.Recipe, console: Console) -> Iterator[tuple[str, str
 
         def start(kind: str, section: Rollout | Scorer) -> Callable[[float], str]:
             if section.urls:
+                _check_answers(kind, section.urls[0])
                 return lambda _: section.urls[0]
             env = environment(chosen, section.threads, share(section.gpus, 0, section.replicas))
             return stack.enter_context(starting(kind, "--recipe", str(path), "--no-follow", env=env))
