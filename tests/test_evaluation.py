@@ -422,9 +422,11 @@ def test_a_token_in_a_url_is_written_nowhere(tmp_path, known, reward_url, capfd,
     monkeypatch.setattr(sys, "argv", ["rlif", "eval", *servers, *options])
     with pytest.raises(SystemExit) as ended:
         main.main()
-    assert ended.value.code == 0 and server.tokens == {"Bearer secret"}
+    assert ended.value.code == 1 and server.tokens == {"Bearer secret"}
+    told = "".join(capfd.readouterr())
+    assert "rlif: no answer could be judged: GSM8K" in told and "secret" not in told
     written = [(path.name, path.read_bytes() if path.is_file() else b"") for path in (tmp_path / "runs").rglob("*")]
-    assert "results.json" in dict(written) and "secret" not in "".join(capfd.readouterr())
+    assert "results.json" in dict(written)
     assert not any("secret" in name or b"secret" in content for name, content in written)
 
 

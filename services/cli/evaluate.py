@@ -158,6 +158,9 @@ def evaluate(
             f"plot    {report.plot(results, families, chosen.out / 'results.png')}", highlight=False, soft_wrap=True
         )
     console.print(f"figures {chosen.out / 'results.json'}", highlight=False, soft_wrap=True)
+    if empty := [task.title for task in results.tasks if task.value is None]:
+        aside.print(f"rlif: no answer could be judged: {', '.join(empty)}", style="red", highlight=False, markup=False)
+        raise typer.Exit(1)
 
 
 def _progress(shown: Progress) -> Callable[[str, int], Callable[[int], None]]:

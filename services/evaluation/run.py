@@ -27,6 +27,9 @@ from services.startup import StartupError
 
 log = logging.getLogger(__name__)
 
+TEMPLATE = "chat template"
+"""What the refusal of a conversation names."""
+
 Serve = Callable[..., AbstractContextManager[str]]
 """`services.cli.child.serving`: a server for as long as it is needed."""
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -85,7 +88,8 @@ class Plan:
     def tell_refused(self) -> None:
         if self.refused:
             first = next(iter(self.refused.values()))
-            log.warning("%s: %d answers were refused: %s", self.benchmark.name, len(self.refused), first)
+            remedy = " (--prompt none leaves the system message out, --plain the template)" if TEMPLATE in first else ""
+            log.warning("%s: %d answers were refused: %s%s", self.benchmark.name, len(self.refused), first, remedy)
 
 
 def _terms(benchmark: Benchmark, judge: JudgeModel | None) -> tuple[RewardTerm, ...]:
