@@ -124,8 +124,8 @@ def _at_a_commit(data: Data) -> Data:
     except Exception as error:  # the hub client raises from half a dozen unrelated trees
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StartupError(
-            f"{data.path!r} is no data set known by name ({', '.join(KNOWN)}), no file or folder here, and not to be had "
-            f"from the Hugging Face hub: {reason}"
+            f"{data.path!r} is no data set known by name ({', '.join(KNOWN)}), no file or folder here, and not to be "
+            f"had from the Hugging Face hub: {reason}"
         ) from error
     return data.model_copy(update={"revision": commit})
 
